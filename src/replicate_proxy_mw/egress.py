@@ -1,0 +1,80 @@
+"""The answer on its way to the caller: Replicate's, relayed as it arrives, or our own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import ClientDisconnected, ProxyError
+from .exchange import ProxyResponse
+
+if TYPE_CHECKING:
+    from asgiref.typing import ASGISendCallable, HTTPResponseStartEvent
+
+
+class Reply:
+    """What the caller has been sent so far.
+
+    Attributes:
+        status: the status that went out, None before.
+        size: bytes of body that went out.
+        complete: the last byte went out.
+    """
+
+    def __init__(self, send: ASGISendCallable, *, method: str) -> None:
+        self._send = send
+        self._bodiless = method == "HEAD"
+        self.status: int | None = None
+        self.size = 0
+        self.complete = False
+
+    async def relay(self, response: ProxyResponse) -> None:
+        """Send `response` chunk by chunk; each waits until the server takes it.
+
+        Raises:
+            ClientDisconnected: the server says so (ASGI 2.4; none of the common ones does).
+        """
+        start: HTTPResponseStartEvent = {
+            "type": "http.response.start",
+            "status": response.status,
+            "headers": response.headers,
+            "trailers": False,
+        }
+        try:
+            self.status = response.status
+            await self._send(start)
+            if not self._bodiless:
+                async for chunk in response.body:
+                    self.size += len(chunk)
+                    await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:
+            raise ClientDisconnected() from None
+        self.complete = True
+
+
+def render(error: ProxyError, *, method: str, request_id: str, trace_id: str | None) -> ProxyResponse:
+    """Our own answer, in the one shape that all six SDKs of Portkey, OpenAI and Replicate read well.
+
+    `type`, `title`, `detail`, `status` and `instance` are Replicate's own (RFC 9457) and what its SDKs show; Portkey's
+    Node SDK shows `message`, Portkey's for Python and OpenAI's show `error.message`. A trace id keeps Portkey's SDKs
+    from sending a create twice, `x-should-retry` keeps OpenAI's: the first may have been received.
+    """
+    content = {
+        "title": error.code.replace("_", " ").capitalize(),
+        "detail": error.message,
+        "status": error.status,
+        "type": error.code,
+        "instance": request_id,
+        "message": error.message,
+        "error": {"message": error.message, "type": error.outcome, "param": None, "code": error.code},
+        "request_id": request_id,
+    }
+    headers = [
+        (b"cache-control", b"no-store"),
+        (b"x-request-id", request_id.encode()),
+        (b"x-portkey-trace-id", (trace_id or request_id).encode("ascii", "replace")),
+        (b"x-portkey-gateway-exception", b"true"),
+    ]
+    if (error.status >= 500 or error.status in (408, 409)) and method not in ("GET", "HEAD", "OPTIONS"):
+        headers.append((b"x-should-retry", b"false"))
+    return ProxyResponse.json(error.status, content, headers=(*headers, *error.headers))

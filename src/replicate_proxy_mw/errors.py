@@ -1,0 +1,157 @@
+"""Every way a request can be refused or fail, with the status, code and text of our own answers.
+
+    ProxyError                  500  internal_error
+    ├── BadRequest              400  bad_request
+    ├── KeyMissing              401  key_missing
+    ├── KeyUnknown              401  key_unknown
+    ├── PermissionDenied        403  permission_denied
+    ├── MethodNotAllowed        405  method_not_allowed
+    ├── LimitExceeded           429  limit_exceeded
+    ├── ClientDisconnected      499  client_disconnected     nobody is left to read it
+    ├── UpstreamUnreachable     502  upstream_unreachable    not one byte was sent
+    ├── UpstreamFailed          502  upstream_failed         the request may have been received
+    ├── ResolverFailed          503  resolver_failed
+    ├── Overloaded              503  overloaded
+    └── UpstreamTimeout         504  upstream_timeout
+
+    UpstreamAborted             the status is out already: the caller's connection is cut
+
+A `ProxyError` becomes an answer; layers and resolvers may raise one. `UpstreamAborted` leaves the
+middleware, so that the server truncates the answer instead of ending it as if it were complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+# A 401 has to say how to authenticate (RFC 9110, section 15.5.2).
+_CHALLENGE = ((b"www-authenticate", b"Bearer"),)
+
+
+class ProxyError(Exception):
+    """A request that is answered by the proxy itself. `message` reaches the caller: no secrets, no upstream text."""
+
+    status = 500
+    code = "internal_error"
+    outcome = "upstream_error"
+    message = "The proxy failed to handle this request."
+
+    def __init__(self, message: str | None = None, *, headers: Headers = ()) -> None:
+        super().__init__(message or self.message)
+        self.message = message or self.message
+        self.headers = headers
+
+
+class BadRequest(ProxyError):
+    status = 400
+    code = "bad_request"
+    outcome = "bad_request"
+    message = "The request is malformed."
+
+
+class KeyMissing(ProxyError):
+    status = 401
+    code = "key_missing"
+    outcome = "auth_missing"
+    message = "No API key: send it as x-portkey-api-key, or as Authorization: Bearer <key>."
+
+    def __init__(self) -> None:
+        super().__init__(headers=_CHALLENGE)
+
+
+class KeyUnknown(ProxyError):
+    status = 401
+    code = "key_unknown"
+    outcome = "auth_invalid"
+    message = "This API key is not known here."
+
+    def __init__(self) -> None:
+        super().__init__(headers=_CHALLENGE)
+
+
+class PermissionDenied(ProxyError):
+    """Raised by a resolver or a layer: 403 with the reason."""
+
+    status = 403
+    code = "permission_denied"
+    outcome = "denied"
+    message = "This API key may not do that."
+
+
+class MethodNotAllowed(ProxyError):
+    status = 405
+    code = "method_not_allowed"
+    outcome = "bad_request"
+    message = "TRACE and CONNECT are not proxied."
+
+
+class LimitExceeded(ProxyError):
+    """Raised by a layer that counts: 429. `retry_after` is in seconds."""
+
+    status = 429
+    code = "limit_exceeded"
+    outcome = "limited"
+    message = "Too many requests."
+
+    def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
+        headers = () if retry_after is None else ((b"retry-after", str(retry_after).encode()),)
+        super().__init__(message, headers=headers)
+
+
+class ClientDisconnected(ProxyError):
+    """The caller left. 499 is nginx's number for it; servers drop the answer."""
+
+    status = 499
+    code = "client_disconnected"
+    outcome = "client_disconnected"
+    message = "The caller closed the connection."
+
+
+class UpstreamUnreachable(ProxyError):
+    status = 502
+    code = "upstream_unreachable"
+    outcome = "upstream_error"
+    message = "Replicate could not be reached; nothing was sent."
+
+
+class UpstreamFailed(ProxyError):
+    status = 502
+    code = "upstream_failed"
+    outcome = "upstream_error"
+    message = "Replicate closed the connection or answered with something that is not HTTP."
+
+
+class ResolverFailed(ProxyError):
+    status = 503
+    code = "resolver_failed"
+    outcome = "resolver_error"
+    message = "The key of this request could not be looked up; try again."
+
+
+class Overloaded(ProxyError):
+    status = 503
+    code = "overloaded"
+    outcome = "overloaded"
+    message = "All connections to Replicate are in use; nothing was sent, try again."
+
+    def __init__(self) -> None:
+        super().__init__(headers=((b"retry-after", b"1"),))
+
+
+class UpstreamTimeout(ProxyError):
+    status = 504
+    code = "upstream_timeout"
+    outcome = "upstream_timeout"
+    message = "Replicate did not answer in time."
+
+
+class UpstreamAborted(Exception):
+    """The upstream body ended before its end. Says no more: exception texts reach logs."""
+
+    code = "upstream_aborted"
+    outcome = "upstream_error"
+
+    def __init__(self) -> None:
+        super().__init__("the upstream answer was cut; the caller's connection is cut too")

@@ -1,0 +1,80 @@
+"""The two values that travel through the proxy, and the shape of what they travel through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .keys import ReplicateKey
+from .portkey import PortkeyContext
+from .routing import Route
+
+HeaderList = tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProxyRequest:
+    """One request on its way to Replicate, already authenticated and cleaned.
+
+    `headers` are those that may go up, lower-case, in the caller's order; the token is not among them:
+    it is put in from `key` at the very last. `target` is path and query below the prefix, as the caller
+    sent them. `body` can be read once. `content_length` is None for a body of unknown length.
+    """
+
+    method: str
+    target: str
+    route: Route
+    headers: HeaderList
+    body: AsyncIterable[bytes] = field(repr=False)
+    content_length: int | None
+    key: ReplicateKey
+    portkey: PortkeyContext
+    scope: Mapping[str, Any] = field(repr=False)
+    resend_count: int = 0
+
+    @property
+    def operation(self) -> str | None:
+        """The operation id of Replicate's OpenAPI document, such as `predictions.create`."""
+        return self.route.operation
+
+
+async def _nothing_to_close() -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProxyResponse:
+    """One answer on its way to the caller. `body` is read once, then `aclose` is called, whatever happened."""
+
+    status: int
+    headers: HeaderList
+    body: AsyncIterable[bytes] = field(repr=False)
+    aclose: Callable[[], Awaitable[None]] = field(default=_nothing_to_close, repr=False)
+
+    @classmethod
+    def json(cls, status: int, content: Any, *, headers: HeaderList = ()) -> ProxyResponse:
+        """An answer made here, for layers that answer by themselves."""
+        body = json.dumps(content, separators=(",", ":")).encode()
+        framing = ((b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()))
+        return cls(status=status, headers=(*framing, *headers), body=Chunks([body]))
+
+
+class Chunks:
+    """Bytes at hand, as a body."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+
+    def __aiter__(self) -> Chunks:
+        return self
+
+    async def __anext__(self) -> bytes:
+        for chunk in self._chunks:
+            return chunk
+        raise StopAsyncIteration
+
+
+Forward = Callable[[ProxyRequest], Awaitable[ProxyResponse]]
+Layer = Callable[[Forward], Forward]

@@ -1,0 +1,87 @@
+"""What a resolver is asked, and what it answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+# RFC 6750, section 2.1 (b68token): nothing that could end the header line.
+_TOKEN = re.compile(r"[A-Za-z0-9\-._~+/=]{8,256}")
+
+
+class ReplicateKey:
+    """A Replicate API token and whose it is. It cannot be printed, formatted, copied, pickled or serialised.
+
+    Args:
+        token: the API token, such as `r8_…`: 8 to 256 characters of `A-Z a-z 0-9 - . _ ~ + / =`.
+        tenant: the name under which spans and metrics count this key; never the caller's own key.
+
+    Raises:
+        ValueError: the token is not of that form. The text does not hold it.
+    """
+
+    __slots__ = ("_token", "tenant")
+
+    def __init__(self, token: str, *, tenant: str | None = None) -> None:
+        self._token = token if isinstance(token, str) and _TOKEN.fullmatch(token) else ""
+        self.tenant = tenant
+        del token
+        if not self._token:
+            raise ValueError("not a Replicate API token: 8 to 256 letters, digits or -._~+/=")
+
+    def authorization(self) -> bytes:
+        """The value of the header that goes up. Replicate takes `Bearer` (and, from old SDKs, `Token`)."""
+        return b"Bearer " + self._token.encode()
+
+    def __repr__(self) -> str:
+        return f"ReplicateKey('***', tenant={self.tenant!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a ReplicateKey is neither copied nor pickled")
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("a ReplicateKey has no state to give away")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRequest:
+    """What a resolver may look at: who calls, and for what. Printing it shows no secret.
+
+    Attributes:
+        api_key: the caller's key, from `x-portkey-api-key`, else from `Authorization`. Never empty.
+        provider: `x-portkey-provider` as sent: a name (`replicate`) or a slug (`@team-account`).
+        virtual_key: `x-portkey-virtual-key` as sent (a legacy slug).
+        config: `x-portkey-config` as sent: a slug or JSON.
+        metadata: `x-portkey-metadata`, at most 32 entries of 256 characters; empty where there is none.
+        operation: the operation id of Replicate's OpenAPI document, None for anything it does not have.
+        method: the HTTP method.
+        path: the path below the prefix, percent-encoded as it came.
+        client: the caller's address as the server tells it.
+        scope: the ASGI scope, with the host's own user, session and state.
+    """
+
+    api_key: str = field(repr=False)
+    provider: str | None = None
+    virtual_key: str | None = field(default=None, repr=False)
+    config: str | None = field(default=None, repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    operation: str | None = None
+    method: str
+    path: str
+    client: str | None = None
+    scope: Mapping[str, Any] = field(repr=False)
+
+
+class KeyResolver(Protocol):
+    """Any async callable from a `KeyRequest` to the key to use.
+
+    None means that the caller is unknown (401); raise `PermissionDenied("reason")` for a caller that is known and
+    may not (403). Any other exception, no answer within `resolver_timeout` seconds, or another value: 503.
+    """
+
+    async def __call__(self, request: KeyRequest, /) -> ReplicateKey | str | None: ...

@@ -1,0 +1,35 @@
+"""Asking the resolver, and failing closed when it does not answer as it should."""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+
+from ..errors import KeyUnknown, ProxyError, ResolverFailed
+from .contract import KeyRequest, KeyResolver, ReplicateKey
+
+logger = logging.getLogger("replicate_proxy_mw")
+
+
+async def resolve(resolver: KeyResolver, request: KeyRequest, *, seconds: float) -> ReplicateKey:
+    """The key of `request`. It has so many `seconds` to answer.
+
+    Raises:
+        KeyUnknown: the resolver answered None.
+        ProxyError: what the resolver raised of that tree, such as `PermissionDenied`.
+        ResolverFailed: it raised something else, took too long, or answered with what is no key. The log gets the
+            class name alone, since exception texts may hold secrets.
+    """
+    try:
+        with anyio.fail_after(seconds):
+            answer = await resolver(request)
+        if answer is None:
+            raise KeyUnknown()
+        return answer if isinstance(answer, ReplicateKey) else ReplicateKey(answer)
+    except ProxyError:
+        raise
+    except Exception as error:
+        failure = type(error).__name__
+    logger.error("key resolver failed: %s", failure)
+    raise ResolverFailed()

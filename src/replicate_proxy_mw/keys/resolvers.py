@@ -1,0 +1,58 @@
+"""The resolvers that need nothing but their arguments."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+
+from .contract import KeyRequest, ReplicateKey
+
+
+def _digest(api_key: str) -> bytes:
+    return sha256(api_key.encode("utf-8", "surrogatepass")).digest()
+
+
+class StaticKeyResolver:
+    """One Replicate token for everyone who has one of the given keys.
+
+    Args:
+        key: the token, or a `ReplicateKey` with a tenant.
+        api_keys: the keys that callers may send; at least one, since without any the proxy would be open.
+    """
+
+    def __init__(self, key: ReplicateKey | str, *, api_keys: Iterable[str]) -> None:
+        self._key = key if isinstance(key, ReplicateKey) else ReplicateKey(key)
+        self._digests = tuple(_digest(api_key) for api_key in _not_empty(api_keys))
+
+    async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
+        digest = _digest(request.api_key)
+        # Every digest is compared, so that the time taken does not tell which one came close.
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        return self._key if any(found) else None
+
+
+class MappingKeyResolver:
+    """Each caller's key to its own Replicate token: `{"pk-team-a": ReplicateKey("r8_…", tenant="team-a")}`.
+
+    Only digests of the keys are kept.
+    """
+
+    def __init__(self, keys: Mapping[str, ReplicateKey | str]) -> None:
+        _not_empty(keys)
+        self._keys = {
+            _digest(api_key): key if isinstance(key, ReplicateKey) else ReplicateKey(key)
+            for api_key, key in keys.items()
+        }
+
+    async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
+        return self._keys.get(_digest(request.api_key))
+
+
+def _not_empty(api_keys: Iterable[str]) -> list[str]:
+    if isinstance(api_keys, str):
+        raise TypeError("api_keys is a list of keys, not one key")
+    listed = list(api_keys)
+    if not listed or not all(listed):
+        raise ValueError("a resolver needs at least one key, and none that is empty")
+    return listed

@@ -1,0 +1,191 @@
+"""`ReplicateProxyMiddleware`: which requests are ours, and one exchange, read top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from . import headers, portkey, routing
+from .config import ProxyConfig
+from .egress import Reply, render
+from .errors import KeyMissing, ProxyError, UpstreamAborted
+from .exchange import Layer, ProxyRequest
+from .ingress import RequestBody, while_connected
+from .keys import KeyRequest, KeyResolver, resolve
+from .telemetry import RequestSpan, Telemetry
+from .upstream import Upstream
+
+if TYPE_CHECKING:
+    import httpx
+    from opentelemetry.trace import TracerProvider
+
+logger = logging.getLogger("replicate_proxy_mw")
+
+# Frameworks disagree about the types of scope and messages; asgiref's are used inside, none at the door.
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+# For closing an upstream connection when everything else has ended: it must not hold up the host.
+CLOSE_TIMEOUT = 1.0
+
+_CLOSING = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
+
+
+class ReplicateProxyMiddleware:
+    """Answers `/v1` and what lies below it from Replicate; everything else is the host's.
+
+    Put it outermost: an app around it may end a cut answer as if it were complete (Starlette's `BaseHTTPMiddleware`).
+
+    Args:
+        app: the host.
+        key_resolver: from the caller's key to the Replicate token to use.
+        config: every other setting.
+        transport: any `httpx.AsyncBaseTransport`; never closed here. By default one is opened for each event loop at
+            its first request, and closed with the host's lifespan.
+        layers: what requests pass on their way to Replicate, outermost first.
+        tracer_provider: where spans go; by default OpenTelemetry's global one.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        key_resolver: KeyResolver,
+        config: ProxyConfig | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        layers: Sequence[Layer] = (),
+        tracer_provider: TracerProvider | None = None,
+    ) -> None:
+        self.app = app
+        self._config = config = config or ProxyConfig()
+        self._prefix = config.prefix
+        self._key_resolver = key_resolver
+        self._forward_headers = frozenset(name.lower().encode() for name in config.forward_headers)
+        self._telemetry = Telemetry(
+            prefix=config.prefix,
+            upstream=config.upstream,
+            trust_traceparent=config.trust_traceparent,
+            tracer_provider=tracer_provider,
+        )
+        self._upstream = Upstream(config, transport)
+        self._forward = self._telemetry.attempts(self._upstream.forward)
+        for layer in reversed(layers):
+            self._forward = layer(self._forward)
+
+    # A plain function that returns a coroutine would be taken for ASGI 2 by uvicorn and hypercorn.
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            if self._prefix in scope["path"] and (path := self._claim(scope)) is not None:
+                await self._exchange(scope, path, RequestBody(receive), Reply(send, method=scope["method"]))
+                return
+        elif scope["type"] == "lifespan":
+            send = self._closing(send)
+        await self.app(scope, receive, send)
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop: for hosts that have no lifespan."""
+        await self._upstream.aclose()
+
+    def _closing(self, send: Any) -> Any:
+        async def closing(message: Any) -> None:
+            # Before the server hears of it, since it then stops the event loop.
+            if message["type"] in _CLOSING:
+                await self.aclose()
+            await send(message)
+
+        return closing
+
+    def _claim(self, scope: Mapping[str, Any]) -> str | None:
+        """The path below the prefix, None if the request is the host's."""
+        path = routing.path_of(scope)
+        if not routing.within(path, self._prefix):
+            return None
+        if any(routing.within(path, excluded) for excluded in self._config.exclude):
+            return None
+        return path[len(self._prefix) :]
+
+    async def _exchange(self, scope: Mapping[str, Any], path: str, body: RequestBody, reply: Reply) -> None:
+        route = routing.match(scope["method"], path)
+        with self._telemetry.request(scope, route) as span:
+            try:
+                request = await self._admit(scope, path, route, body, span)
+                await while_connected(body, partial(self._relay, request, body, reply))
+            except UpstreamAborted:
+                raise
+            except Exception as error:
+                await self._refuse(error, scope, body, reply, span)
+            finally:
+                span.status, span.complete = reply.status, reply.complete
+                span.request_size, span.response_size = body.size, reply.size
+
+    async def _admit(
+        self, scope: Mapping[str, Any], path: str, route: routing.Route, body: RequestBody, span: RequestSpan
+    ) -> ProxyRequest:
+        """All that is decided before anything goes up. The key is resolved before a byte of body is read, so that a
+        refusal costs the caller no upload."""
+        target = routing.check(scope["method"], path, scope["query_string"])
+        caller = portkey.read(scope["headers"])
+        span.caller(caller)
+        kept = headers.up(scope["headers"], self._forward_headers)
+        declared = headers.length(scope["headers"])
+        if caller.api_key is None:
+            raise KeyMissing()
+        key = await resolve(
+            self._key_resolver,
+            KeyRequest(
+                api_key=caller.api_key,
+                provider=caller.provider,
+                virtual_key=caller.virtual_key,
+                config=caller.config,
+                metadata=caller.metadata or {},
+                operation=route.operation,
+                method=scope["method"],
+                path=path,
+                client=scope["client"][0] if scope.get("client") else None,
+                scope=scope,
+            ),
+            seconds=self._config.resolver_timeout,
+        )
+        span.tenant(key.tenant)
+        await body.begin()
+        return ProxyRequest(
+            method=scope["method"],
+            target=target,
+            route=route,
+            headers=kept,
+            body=body,
+            content_length=body.whole if declared is None else declared,
+            key=key,
+            portkey=caller,
+            scope=scope,
+        )
+
+    async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply) -> None:
+        response = await self._forward(request)
+        try:
+            body.hand_over()
+            await reply.relay(response)
+        finally:
+            with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
+                await response.aclose()
+
+    async def _refuse(
+        self, error: Exception, scope: Mapping[str, Any], body: RequestBody, reply: Reply, span: RequestSpan
+    ) -> None:
+        """Answer for `error`, or let it go where an answer is not ours to give or has begun already."""
+        if body.failure is not None:
+            raise body.failure
+        if not isinstance(error, ProxyError):
+            if reply.status is not None:
+                raise error
+            logger.error("a layer failed: %s", type(error).__name__)
+            error = ProxyError()
+        span.refuse(error)
+        if reply.status is None:
+            # To a caller who has left, too: a host around us may insist on an answer.
+            await reply.relay(render(error, method=scope["method"], request_id=span.id, trace_id=span.portkey_trace_id))
+        elif error.status != 499:
+            raise error

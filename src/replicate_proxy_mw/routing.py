@@ -1,0 +1,116 @@
+"""Which requests are ours, what they ask of Replicate, and which targets are refused. Bytes stay as they came.
+
+Only `raw_path` is read: servers decode `path`, and two readings of one path are how proxies are fooled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, unquote
+
+from .errors import BadRequest, MethodNotAllowed
+from .operations import OPERATIONS, Operation
+
+# Characters that the path of a URI may hold (RFC 3986, section 3.3); "/" separates its segments.
+_PATH_SAFE = "/:@!$&'()*+,;=-._~"
+
+_DOT_SEGMENT = re.compile(r"(?:^|/)\.{1,2}(?=/|$)")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
+_UNENCODED = re.compile(r"[^\x21-\x7e]|#")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: a path template of the API, its operation if the method has one, and its parameters."""
+
+    template: str
+    operation: str | None = None
+    details: Operation | None = field(default=None, repr=False)
+    params: Mapping[str, str] = field(default_factory=dict)
+
+
+UNKNOWN = Route("/{path}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    path: str
+    names: tuple[tuple[int, str], ...]
+    literals: tuple[tuple[int, str], ...]
+    operations: Mapping[str, Operation]
+
+
+def _templates() -> dict[int, list[_Template]]:
+    by_path: dict[str, dict[str, Operation]] = {}
+    for operation in OPERATIONS:
+        methods = by_path.setdefault(operation.path, {})
+        methods[operation.method] = operation
+        if operation.method == "GET":
+            methods["HEAD"] = operation
+    by_length: dict[int, list[_Template]] = {}
+    for path, methods in by_path.items():
+        segments = list(enumerate(path.split("/")))
+        names = tuple((i, text[1:-1]) for i, text in segments if text.startswith("{"))
+        literals = tuple((i, text) for i, text in segments if text and not text.startswith("{"))
+        by_length.setdefault(len(segments), []).append(_Template(path, names, literals, methods))
+    return by_length
+
+
+_BY_LENGTH = _templates()
+
+
+def path_of(scope: Mapping[str, Any]) -> str:
+    """The path below the host's mount point, percent-encoded as the caller sent it.
+
+    Where a server gives no `raw_path`, or an outer middleware has rewritten `path` alone, it is rebuilt from `path`.
+    `root_path` is dropped when the path begins with it: uvicorn and Starlette's mounts keep it there, hypercorn and
+    granian do not.
+    """
+    decoded: str = scope["path"]
+    raw: bytes | None = scope.get("raw_path")
+    path = quote(decoded, safe=_PATH_SAFE) if raw is None else raw.decode("latin-1")
+    if raw is not None and path != decoded and "\ufffd" not in decoded and unquote(path) != decoded:
+        path = quote(decoded, safe=_PATH_SAFE)
+    root: str = scope.get("root_path") or ""
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def within(path: str, prefix: str) -> bool:
+    """Whether `path` is `prefix` or lies below it: `/v1` and `/v1/x`, not `/v1beta`."""
+    return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/")
+
+
+def match(method: str, path: str) -> Route:
+    """The route of a path below the prefix. HEAD is its GET; a path that the API does not have is `/{path}`."""
+    segments = path.split("/")
+    for template in _BY_LENGTH.get(len(segments), ()):
+        if all(segments[i] == text for i, text in template.literals):
+            if not all(segments[i] for i, _ in template.names):
+                continue
+            operation = template.operations.get(method)
+            params = {name: segments[i] for i, name in template.names}
+            return Route(template.path, operation.id if operation else None, operation, params)
+    return UNKNOWN
+
+
+def check(method: str, path: str, query: bytes) -> str:
+    """The target to send, path and query, unless it could be read differently by someone behind us.
+
+    Raises:
+        MethodNotAllowed: TRACE would echo credentials, CONNECT has no target here (RFC 9110, section 9.3).
+        BadRequest: dot segments, backslashes and control characters, plain or encoded; `#`, spaces, bytes outside ASCII.
+    """
+    if method in ("TRACE", "CONNECT", "TRACK"):
+        raise MethodNotAllowed()
+    decoded = unquote(path, "latin-1") if "%" in path else path
+    if _DOT_SEGMENT.search(decoded):
+        raise BadRequest("The path has a '.' or '..' segment.")
+    if _CONTROL.search(decoded):
+        raise BadRequest("The path has a backslash or a control character.")
+    target = path + "?" + query.decode("latin-1") if query else path
+    if _UNENCODED.search(target):
+        raise BadRequest("The target has characters that must be percent-encoded.")
+    return target

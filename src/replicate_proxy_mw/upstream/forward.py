@@ -1,0 +1,169 @@
+"""The last step: a `ProxyRequest` becomes bytes for Replicate, and what comes back a `ProxyResponse`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator
+from functools import lru_cache
+
+import httpx
+from anyio.lowlevel import RunVar
+
+from .. import headers
+from ..config import ProxyConfig
+from ..errors import (
+    Overloaded,
+    ProxyError,
+    UpstreamAborted,
+    UpstreamFailed,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from ..exchange import ProxyRequest, ProxyResponse
+from .transport import BoundedTransport
+
+
+class Upstream:
+    """Replicate, reached by the given transport or by one of its own for each event loop.
+
+    The transport is called, not a client: a client would keep cookies of one tenant and send them for another, follow
+    redirects with the token, and read `.netrc`.
+    """
+
+    def __init__(self, config: ProxyConfig, transport: httpx.AsyncBaseTransport | None) -> None:
+        self._config = config
+        self._given = transport
+        self._opened: RunVar[httpx.AsyncBaseTransport | None] = RunVar("replicate_proxy_mw.transport", None)
+        self._origin = httpx.URL(config.upstream)
+        self._host = (b"host", self._origin.netloc)
+        self._url = lru_cache(maxsize=1024)(self._parse)
+        self._return_headers = frozenset(name.lower().encode() for name in config.return_headers)
+        self._timeout = {
+            "connect": config.connect_timeout,
+            "read": config.read_timeout,
+            "write": config.write_timeout,
+            "pool": config.connection_wait,
+        }
+
+    def _parse(self, target: str) -> httpx.URL:
+        url = httpx.URL(self._config.upstream + target)
+        # Targets are checked before; this is the last look before the token goes out.
+        if (url.scheme, url.netloc, url.userinfo) != (self._origin.scheme, self._origin.netloc, b""):
+            raise UpstreamFailed()
+        return url
+
+    def _transport(self) -> httpx.AsyncBaseTransport:
+        if self._given is not None:
+            return self._given
+        opened = self._opened.get()
+        if opened is None:
+            config = self._config
+            opened = BoundedTransport(max_connections=config.max_connections, wait=config.connection_wait)
+            self._opened.set(opened)
+        return opened
+
+    async def forward(self, request: ProxyRequest) -> ProxyResponse:
+        """Send `request` once and return as soon as the head of the answer is there.
+
+        Raises:
+            UpstreamUnreachable, Overloaded: not one byte was sent.
+            UpstreamTimeout, UpstreamFailed: it may have been received, and is not sent again.
+        """
+        url = self._url(request.target)
+        failure: ProxyError
+        try:
+            response = await self._transport().handle_async_request(
+                httpx.Request(
+                    request.method,
+                    url,
+                    headers=headers.with_token((self._host, *_framing(request), *request.headers), request.key),
+                    stream=_NoBody() if request.content_length == 0 else _Body(request.body),
+                    extensions={"timeout": self._timeout},
+                )
+            )
+        except ProxyError:
+            raise
+        except Exception as error:
+            failure = _classify(error)
+        else:
+            assert isinstance(response.stream, httpx.AsyncByteStream)
+            body = _Answer(response.stream)
+            try:
+                if response.status_code < 200:
+                    raise UpstreamFailed()
+                kept = headers.down(response.headers.raw, response.status_code, self._return_headers)
+            except ProxyError:
+                await body.aclose()
+                raise
+            return ProxyResponse(status=response.status_code, headers=kept, body=body, aclose=body.aclose)
+        # Raised here and not above, so that the transport's exception, which may hold headers, is not its context.
+        raise failure
+
+    async def aclose(self) -> None:
+        """Close what was opened in this event loop. A given transport stays its owner's."""
+        opened = self._opened.get()
+        if opened is not None:
+            self._opened.set(None)
+            await opened.aclose()
+
+
+def _framing(request: ProxyRequest) -> tuple[tuple[bytes, bytes], ...]:
+    """One of length and chunks, never both; neither where a method without content has none (RFC 9110, 8.6)."""
+    if request.content_length is None:
+        return ((b"transfer-encoding", b"chunked"),)
+    if request.content_length or request.method in ("POST", "PUT", "PATCH"):
+        return ((b"content-length", str(request.content_length).encode()),)
+    return ()
+
+
+def _classify(error: Exception) -> ProxyError:
+    if isinstance(error, httpx.PoolTimeout):
+        return Overloaded()
+    if isinstance(error, httpx.TimeoutException):
+        return UpstreamTimeout()
+    if isinstance(error, httpx.ConnectError):
+        return UpstreamUnreachable()
+    return UpstreamFailed()
+
+
+class _NoBody(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        return
+        yield b""
+
+
+class _Body(httpx.AsyncByteStream):
+    """The caller's body as httpx wants it."""
+
+    def __init__(self, body: AsyncIterable[bytes]) -> None:
+        self._body = body
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._body.__aiter__()
+
+
+class _Answer:
+    """The answer's body, undecoded. Whatever ends it too early is one exception that says nothing of the wire."""
+
+    def __init__(self, stream: httpx.AsyncByteStream) -> None:
+        self._stream = stream
+        self._chunks = stream.__aiter__()
+
+    def __aiter__(self) -> _Answer:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await self._chunks.__anext__()
+        except StopAsyncIteration:
+            raise
+        except Exception:
+            pass
+        raise UpstreamAborted()
+
+    async def aclose(self) -> None:
+        close = getattr(self._chunks, "aclose", None)
+        try:
+            if close is not None:
+                await close()
+        finally:
+            await self._stream.aclose()
