@@ -101,7 +101,7 @@ def check(method: str, path: str, query: bytes) -> str:
 
     Raises:
         MethodNotAllowed: TRACE would echo credentials, CONNECT has no target here (RFC 9110, section 9.3).
-        BadRequest: dot segments, backslashes and control characters, plain or encoded; `#`, spaces, bytes outside ASCII.
+        BadRequest: dot segments, backslashes and control characters, plain or encoded; `#`, spaces, non-ASCII bytes.
     """
     if method in ("TRACE", "CONNECT", "TRACK"):
         raise MethodNotAllowed()

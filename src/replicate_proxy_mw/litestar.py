@@ -1,0 +1,92 @@
+"""`ReplicateProxyPlugin`: the middleware as a Litestar plugin, for apps that want the CLI, guards and CORS around it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from litestar import Litestar
+from litestar.exceptions import ImproperlyConfiguredException, NotFoundException
+from litestar.handlers import ASGIRouteHandler
+from litestar.plugins import InitPlugin
+from litestar.types import Receive, Scope, Send
+
+from . import routing
+from .config import ProxyConfig
+from .exchange import Layer
+from .keys import KeyResolver
+from .middleware import ReplicateProxyMiddleware
+
+if TYPE_CHECKING:
+    import httpx
+    from litestar.config.app import AppConfig
+    from opentelemetry.trace import TracerProvider
+
+
+class ReplicateProxyPlugin(InitPlugin):
+    """Mounts the proxy at its prefix. Takes the keywords of `ReplicateProxyMiddleware`.
+
+    A mount, since Litestar's `middleware=[...]` sees neither paths that are not registered nor the lifespan. Routes of
+    the host below the prefix (`/v1/own`) stay the host's, without `exclude`.
+
+    Raises:
+        ImproperlyConfiguredException: at start-up, if a route begins with the prefix but not at a segment (`/v1beta`):
+            Litestar would hand its requests to the mount.
+    """
+
+    __slots__ = ("_middleware", "_prefix")
+
+    def __init__(
+        self,
+        *,
+        key_resolver: KeyResolver,
+        config: ProxyConfig | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        layers: Sequence[Layer] = (),
+        tracer_provider: TracerProvider | None = None,
+    ) -> None:
+        self._prefix = (config or ProxyConfig()).prefix
+        self._middleware = ReplicateProxyMiddleware(
+            _not_ours,
+            key_resolver=key_resolver,
+            config=config,
+            transport=transport,
+            layers=layers,
+            tracer_provider=tracer_provider,
+        )
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._middleware({**scope, "path": self._path(scope)}, receive, send)
+
+        app_config.route_handlers.append(ASGIRouteHandler(self._prefix, is_mount=True, copy_scope=True)(proxy))
+        app_config.lifespan.append(self._lifespan)
+        return app_config
+
+    def _path(self, scope: Any) -> str:
+        """The path before Litestar took the prefix off, collapsed slashes and appended one."""
+        raw_path: bytes | None = scope.get("raw_path")
+        return (
+            self._prefix + scope["path"].removesuffix("/") if raw_path is None else unquote(raw_path.decode("latin-1"))
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+        for route in app.routes:
+            if route.path.startswith(self._prefix) and not routing.within(route.path, self._prefix):
+                raise ImproperlyConfiguredException(
+                    f"route {route.path!r} begins with the proxy's prefix {self._prefix!r}, whose mount would take its "
+                    "requests: rename one of them, or wrap the app in ReplicateProxyMiddleware instead"
+                )
+        yield
+        await self._middleware.aclose()
+
+
+async def _not_ours(scope: Any, receive: Receive, send: Send) -> None:
+    """What Litestar's mount takes without being below the prefix (`/v1beta`), and websockets."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1000, "reason": ""})
+    else:
+        raise NotFoundException()
