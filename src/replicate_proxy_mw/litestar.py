@@ -1,4 +1,4 @@
-"""`ReplicateProxyPlugin`: the middleware as a Litestar plugin, for apps that want the CLI, guards and CORS around it."""
+"""`ReplicateProxyPlugin`: the middleware as a Litestar plugin, for apps that want CLI, guards and CORS around it."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class ReplicateProxyPlugin(InitPlugin):
     def _path(self, scope: Any) -> str:
         """The path before Litestar took the prefix off, collapsed slashes and appended one."""
         raw_path: bytes | None = scope.get("raw_path")
-        return (
-            self._prefix + scope["path"].removesuffix("/") if raw_path is None else unquote(raw_path.decode("latin-1"))
-        )
+        if raw_path is None:
+            return self._prefix + str(scope["path"]).removesuffix("/")
+        return unquote(raw_path.decode("latin-1"))
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:

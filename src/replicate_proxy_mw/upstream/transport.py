@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import anyio
 import httpx
@@ -53,14 +54,27 @@ class _Slot(httpx.AsyncByteStream):
     def __init__(self, stream: httpx.AsyncByteStream, slots: anyio.Semaphore) -> None:
         self._stream = stream
         self._slots: anyio.Semaphore | None = slots
+        self._chunks: AsyncIterator[bytes] | None = None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._stream.__aiter__()
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._chunks is None:
+            self._chunks = self._stream.__aiter__()
+        return await self._chunks.__anext__()
 
     async def aclose(self) -> None:
         slots, self._slots = self._slots, None
+        if slots is None:
+            return
         try:
             await self._stream.aclose()
+            if self._chunks is not None:
+                # httpcore reads through generators within generators; left half-way, trio warns of each. With the
+                # connection closed they come to their end at once.
+                with suppress(Exception):
+                    async for _ in self._chunks:
+                        pass
         finally:
-            if slots is not None:
-                slots.release()
+            slots.release()

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from replicate_proxy_mw import KeyRequest, PermissionDenied, ReplicateKey
+from replicate_proxy_mw.errors import KeyUnknown, ResolverFailed
+from replicate_proxy_mw.keys import resolve
+
+pytestmark = pytest.mark.anyio
+
+REQUEST = KeyRequest(api_key="pk-1", method="GET", path="/account", scope={})
+
+
+async def test_a_key_or_a_token() -> None:
+    key = ReplicateKey("r8_aaaaaaaaaaaaaaaa")
+
+    async def of_key(request: KeyRequest) -> ReplicateKey:
+        return key
+
+    async def of_token(request: KeyRequest) -> str:
+        return "r8_bbbbbbbbbbbbbbbb"
+
+    assert await resolve(of_key, REQUEST, seconds=1) is key
+    found = await resolve(of_token, REQUEST, seconds=1)
+    assert found.authorization() == b"Bearer r8_bbbbbbbbbbbbbbbb"
+
+
+async def test_nobody_we_know() -> None:
+    async def resolver(request: KeyRequest) -> None:
+        return None
+
+    with pytest.raises(KeyUnknown):
+        await resolve(resolver, REQUEST, seconds=1)
+
+
+async def test_somebody_who_may_not() -> None:
+    async def resolver(request: KeyRequest) -> None:
+        raise PermissionDenied("only on weekdays")
+
+    with pytest.raises(PermissionDenied, match="only on weekdays"):
+        await resolve(resolver, REQUEST, seconds=1)
+
+
+class Secretive(Exception):
+    pass
+
+
+async def _raises(request: KeyRequest) -> None:
+    raise Secretive("postgres://user:hunter2@db")
+
+
+async def _hangs(request: KeyRequest) -> None:
+    await anyio.sleep_forever()
+
+
+async def _rubbish(request: KeyRequest) -> Any:
+    return 42
+
+
+async def _no_token(request: KeyRequest) -> str:
+    return "hunter2\n"
+
+
+@pytest.mark.parametrize(
+    ("resolver", "named"),
+    [(_raises, "Secretive"), (_hangs, "TimeoutError"), (_rubbish, "ValueError"), (_no_token, "ValueError")],
+)
+async def test_a_resolver_that_fails_fails_closed_and_tells_its_class_alone(
+    resolver: Any, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ResolverFailed) as raised:
+        await resolve(resolver, REQUEST, seconds=0.05)
+    assert caplog.messages == [f"key resolver failed: {named}"]
+    assert "hunter2" not in caplog.text
+    assert raised.value.__context__ is None
+
+
+async def test_cancellation_passes() -> None:
+    with anyio.move_on_after(0.01) as scope:
+        await resolve(_hangs, REQUEST, seconds=5)
+    assert scope.cancelled_caught

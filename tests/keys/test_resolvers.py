@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from replicate_proxy_mw import KeyRequest, MappingKeyResolver, ReplicateKey, StaticKeyResolver
+from replicate_proxy_mw.keys import KeyResolver
+
+pytestmark = pytest.mark.anyio
+
+TOKEN_A, TOKEN_B = "r8_aaaaaaaaaaaaaaaa", "r8_bbbbbbbbbbbbbbbb"
+
+
+def _request(api_key: str) -> KeyRequest:
+    return KeyRequest(api_key=api_key, method="GET", path="/account", scope={})
+
+
+async def test_one_token_for_everyone_who_is_known() -> None:
+    resolver: KeyResolver = StaticKeyResolver(TOKEN_A, api_keys=["pk-1", "pk-ü"])
+    for api_key in ("pk-1", "pk-ü"):
+        key = await resolver(_request(api_key))
+        assert isinstance(key, ReplicateKey)
+        assert key.authorization().endswith(TOKEN_A.encode())
+    assert await resolver(_request("pk-2")) is None
+    assert await resolver(_request("pk-")) is None
+
+
+async def test_one_token_with_a_tenant() -> None:
+    key = ReplicateKey(TOKEN_A, tenant="team-a")
+    assert await StaticKeyResolver(key, api_keys=["pk-1"])(_request("pk-1")) is key
+
+
+async def test_a_token_for_each_key() -> None:
+    key = ReplicateKey(TOKEN_A, tenant="team-a")
+    resolver: KeyResolver = MappingKeyResolver({"pk-a": key, "pk-b": TOKEN_B})
+    assert await resolver(_request("pk-a")) is key
+    found = await resolver(_request("pk-b"))
+    assert isinstance(found, ReplicateKey)
+    assert found.authorization().endswith(TOKEN_B.encode())
+    assert await resolver(_request("PK-A")) is None
+
+
+def test_a_resolver_without_keys_would_be_an_open_door() -> None:
+    for api_keys in ([], [""], ["pk-1", ""]):
+        with pytest.raises(ValueError, match="at least one key"):
+            StaticKeyResolver(TOKEN_A, api_keys=api_keys)
+        with pytest.raises(ValueError, match="at least one key"):
+            MappingKeyResolver(dict.fromkeys(api_keys, TOKEN_A))
+
+
+def test_one_key_is_no_list_of_keys() -> None:
+    with pytest.raises(TypeError, match="list of keys"):
+        StaticKeyResolver(TOKEN_A, api_keys="pk-1")
+
+
+def test_a_wrong_token_is_refused_when_the_resolver_is_made() -> None:
+    with pytest.raises(ValueError, match="not a Replicate API token"):
+        MappingKeyResolver({"pk-a": "r8"})

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from replicate_proxy_mw import ProxyConfig
+
+
+def test_the_defaults_are_valid_and_frozen() -> None:
+    config = ProxyConfig()
+    assert (config.prefix, config.upstream) == ("/v1", "https://api.replicate.com/v1")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.prefix = "/v2"  # type: ignore[misc]
+
+
+def test_held_creates_fit_into_the_read_timeout() -> None:
+    assert ProxyConfig().read_timeout > 60.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefix": ""},
+        {"prefix": "/replicate/v1", "exclude": ["/replicate/v1/own"]},
+        {"prefix": "", "exclude": ["/own"]},
+        {"exclude": ["/v1/a%20b"]},
+        {"upstream": "http://127.0.0.1:8000/v1"},
+        {"upstream": "http://localhost:8000"},
+        {"upstream": "http://[::1]:8000/v1"},
+        {"forward_headers": ["X-Mine"], "return_headers": ["x-other"]},
+        {"trust_traceparent": "link"},
+    ],
+)
+def test_what_can_be_set(options: dict[str, Any]) -> None:
+    config = ProxyConfig(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prefix": "v1"}, "prefix: 'v1' must begin"),
+        ({"prefix": "/v1/"}, "prefix"),
+        ({"prefix": "/ v1"}, "percent-encoded"),
+        ({"exclude": "/v1/own"}, "exclude: a list"),
+        ({"exclude": ["/own"]}, "exclude: '/own' is not below"),
+        ({"exclude": [""]}, "exclude"),
+        ({"upstream": "ftp://api.replicate.com"}, "upstream: must be an http"),
+        ({"upstream": "https:///v1"}, "upstream"),
+        ({"upstream": "https://u:p@api.replicate.com/v1"}, "user or password"),
+        ({"upstream": "https://api.replicate.com/v1/"}, "must end"),
+        ({"upstream": "https://api.replicate.com/v1?a=b"}, "must end"),
+        ({"upstream": "https://api.replicate.com/v1#a"}, "must end"),
+        ({"upstream": "http://api.replicate.com/v1"}, "must be https"),
+        ({"upstream": "http://192.0.2.1/v1"}, "must be https"),
+        ({"connect_timeout": 0}, "connect_timeout"),
+        ({"read_timeout": -1.0}, "read_timeout"),
+        ({"write_timeout": float("nan")}, "write_timeout"),
+        ({"connection_wait": 0}, "connection_wait"),
+        ({"resolver_timeout": 0}, "resolver_timeout"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"forward_headers": ["Authorization"]}, "forward_headers: 'Authorization' is never"),
+        ({"forward_headers": ["x-portkey-api-key"]}, "forward_headers"),
+        ({"forward_headers": "x-mine"}, "forward_headers: a list"),
+        ({"return_headers": ["set-cookie"]}, "return_headers"),
+        ({"trust_traceparent": "maybe"}, "trust_traceparent"),
+    ],
+)
+def test_what_cannot(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ProxyConfig(**options)
+
+
+def test_a_password_in_the_upstream_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match="upstream") as raised:
+        ProxyConfig(upstream="https://u:hunter2@api.replicate.com/v1")
+    assert "hunter2" not in str(raised.value)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from replicate_proxy_mw import errors
+from replicate_proxy_mw.errors import LimitExceeded, PermissionDenied, ProxyError
+
+OUTCOMES = {
+    "auth_missing",
+    "auth_invalid",
+    "bad_request",
+    "client_disconnected",
+    "denied",
+    "limited",
+    "overloaded",
+    "resolver_error",
+    "upstream_error",
+    "upstream_timeout",
+}
+TREE = [ProxyError, *ProxyError.__subclasses__()]
+
+
+@pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
+def test_the_drawn_tree_is_the_tree(error: type[ProxyError]) -> None:
+    assert errors.__doc__
+    assert re.search(rf"{error.__name__} +{error.status}  {error.code}\b", errors.__doc__)
+    assert error.outcome in OUTCOMES
+
+
+def test_codes_are_told_apart() -> None:
+    assert len({error.code for error in TREE}) == len(TREE)
+
+
+def test_a_reason_replaces_the_text() -> None:
+    assert PermissionDenied("only team-a may").message == "only team-a may"
+    assert str(PermissionDenied()) == PermissionDenied.message
+
+
+def test_when_to_come_back() -> None:
+    assert LimitExceeded("slow down", retry_after=7).headers == ((b"retry-after", b"7"),)
+    assert LimitExceeded().headers == ()

@@ -1,0 +1,616 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterable
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+
+from replicate_proxy_mw import (
+    Forward,
+    KeyRequest,
+    PermissionDenied,
+    ProxyRequest,
+    ProxyResponse,
+    ReplicateProxyMiddleware,
+    StaticKeyResolver,
+)
+from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted
+from tests.raw_asgi import KEY, TOKEN, Caller, call, host, http_scope, proxy
+from tests.raw_upstream import Connection, RawUpstream
+
+pytestmark = pytest.mark.anyio
+
+
+def _error(caller: Caller) -> dict[str, Any]:
+    assert caller.header(b"content-type") == [b"application/json"]
+    assert caller.complete
+    content: dict[str, Any] = json.loads(caller.content)
+    return content
+
+
+# --- whose request it is
+
+
+@pytest.mark.parametrize(
+    "target", ["/", "/v1beta", "/v1evil/x", "/V1/x", "/api/v1/x", "/v1%2Fx", "/%76%31/x", "//v1/x"]
+)
+async def test_what_is_not_below_the_prefix_is_the_host_s(upstream: RawUpstream, target: str) -> None:
+    caller = await call(proxy(upstream.url), http_scope(target=target))
+    assert caller.content == b"host"
+    assert not upstream.requests
+
+
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/v1", b"/v1"),
+        ("/v1/", b"/v1/"),
+        ("/v1?a=b", b"/v1?a=b"),
+        ("/v1//predictions", b"/v1//predictions"),
+        ("/v1/models/a%2Fb?foo=a%20b&foo=c", b"/v1/models/a%2Fb?foo=a%20b&foo=c"),
+    ],
+)
+async def test_what_is_below_goes_to_replicate_as_it_came(upstream: RawUpstream, target: str, sent: bytes) -> None:
+    assert (await call(proxy(upstream.url), http_scope(target=target))).content == b"{}"
+    assert upstream.requests[0].line == b"GET " + sent + b" HTTP/1.1"
+
+
+async def test_excluded_paths_stay_the_host_s(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url, options={"exclude": ["/v1/own"]})
+    for target, whose in (("/v1/own", b"host"), ("/v1/own/x", b"host"), ("/v1/owner", b"{}")):
+        assert (await call(app, http_scope(target=target))).content == whose
+
+
+async def test_another_prefix(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url, options={"prefix": "/replicate/v1"})
+    assert (await call(app, http_scope(target="/v1/x"))).content == b"host"
+    assert (await call(app, http_scope(target="/replicate/v1/x"))).content == b"{}"
+    assert upstream.requests[0].line == b"GET /v1/x HTTP/1.1"
+
+
+async def test_a_mount_with_no_prefix_of_its_own(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url, options={"prefix": ""})
+    await call(app, http_scope(target="/v1/x", root_path="/v1"))
+    assert upstream.requests[0].line == b"GET /v1/x HTTP/1.1"
+
+
+async def test_websockets_are_the_host_s() -> None:
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope["type"], receive, send))
+
+    caller = Caller()
+    await proxy("http://127.0.0.1:1", app=app)({"type": "websocket", "path": "/v1/x"}, caller.receive, caller.send)
+    assert seen == [("websocket", caller.receive, caller.send)]
+
+
+async def test_lifespan_is_the_host_s_and_closes_what_was_opened(upstream: RawUpstream) -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def receive() -> Any:
+        sent.append(len(upstream.closed_at))
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer()
+        connection.wait_closed()
+
+    upstream.script = script
+    middleware = proxy(upstream.url, app=app)
+    caller = Caller()
+    await caller.call(middleware, http_scope())
+    await middleware({"type": "lifespan"}, receive, send)
+    assert sent == ["lifespan.startup.complete", 0, "lifespan.shutdown.complete"]
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 2)
+    await middleware.aclose()
+
+
+# --- who may
+
+
+async def test_the_key_of_the_caller_becomes_the_token(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url)
+    for headers in ([KEY], [(b"authorization", b"Bearer pk-team-a")], [(b"authorization", b"Token pk-team-a")]):
+        await call(app, http_scope(headers=headers))
+    await call(app, http_scope(headers=[KEY, (b"authorization", b"Bearer sk-somebody-else")]))
+    for received in upstream.requests:
+        assert received.header(b"authorization") == [b"Bearer " + TOKEN.encode()]
+        assert b"pk-team-a" not in received.head
+        assert b"somebody" not in received.head
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ([], "key_missing"),
+        ([(b"x-portkey-api-key", b"")], "key_missing"),
+        ([(b"authorization", b"Basic cGs=")], "key_missing"),
+        ([(b"x-portkey-api-key", b"pk-team-")], "key_unknown"),
+        ([(b"authorization", b"Bearer " + TOKEN.encode())], "key_unknown"),
+    ],
+)
+async def test_without_a_known_key_nothing_is_read_and_nothing_sent(
+    upstream: RawUpstream, headers: list[tuple[bytes, bytes]], code: str
+) -> None:
+    caller = await call(proxy(upstream.url), http_scope("POST", headers=headers), b"x", b"y")
+    assert caller.status == 401
+    assert _error(caller)["error"]["code"] == code
+    assert caller.header(b"www-authenticate") == [b"Bearer"]
+    assert caller.received == 0
+    assert not upstream.connections
+
+
+async def test_what_a_resolver_is_told(upstream: RawUpstream) -> None:
+    asked: list[KeyRequest] = []
+
+    async def resolver(request: KeyRequest) -> str:
+        asked.append(request)
+        return TOKEN
+
+    headers = [
+        KEY,
+        (b"x-portkey-provider", b"@team-account"),
+        (b"x-portkey-virtual-key", b"vk"),
+        (b"x-portkey-config", b"pc-1"),
+        (b"x-portkey-metadata", b'{"_user": "u1"}'),
+    ]
+    scope = http_scope("POST", "/v1/predictions?a=b", headers)
+    await call(proxy(upstream.url, key_resolver=resolver), scope)
+    assert asked == [
+        KeyRequest(
+            api_key="pk-team-a",
+            provider="@team-account",
+            virtual_key="vk",
+            config="pc-1",
+            metadata={"_user": "u1"},
+            operation="predictions.create",
+            method="POST",
+            path="/predictions",
+            client="192.0.2.1",
+            scope=scope,
+        )
+    ]
+    await call(proxy(upstream.url, key_resolver=resolver), http_scope(client=None))
+    assert (asked[1].client, asked[1].metadata, asked[1].operation) == (None, {}, None)
+
+
+async def test_a_reason_reaches_the_caller(upstream: RawUpstream) -> None:
+    async def resolver(request: KeyRequest) -> str:
+        raise PermissionDenied("team-a has left the building")
+
+    caller = await call(proxy(upstream.url, key_resolver=resolver), http_scope())
+    assert (caller.status, _error(caller)["message"]) == (403, "team-a has left the building")
+
+
+async def test_a_resolver_that_fails(upstream: RawUpstream, caplog: pytest.LogCaptureFixture) -> None:
+    async def resolver(request: KeyRequest) -> str:
+        raise ConnectionError("redis://:hunter2@cache")
+
+    caller = await call(proxy(upstream.url, key_resolver=resolver), http_scope("POST"))
+    assert (caller.status, _error(caller)["error"]["code"]) == (503, "resolver_failed")
+    assert "hunter2" not in caplog.text + caller.content.decode()
+    assert not upstream.connections
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("scope", "status"),
+    [
+        (http_scope("TRACE"), 405),
+        (http_scope("CONNECT"), 405),
+        (http_scope(target="/v1/../x"), 400),
+        (http_scope(target="/v1/%2e%2e/x"), 400),
+        (http_scope(headers=[KEY, KEY]), 400),
+        (http_scope(headers=[KEY, (b"content-length", b"1"), (b"content-length", b"2")]), 400),
+        (http_scope(headers=[KEY, (b"content-length", b"many")]), 400),
+        (http_scope(headers=[KEY, (b"x_portkey_api_key", b"pk-team-b")]), 400),
+        (http_scope(headers=[KEY, (b"accept", b"a\r\nx: y")]), 400),
+    ],
+)
+async def test_odd_requests_are_refused(upstream: RawUpstream, scope: dict[str, Any], status: int) -> None:
+    caller = await call(proxy(upstream.url), scope)
+    assert caller.status == status
+    assert _error(caller)["status"] == status
+    assert not upstream.connections
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "FOO"])
+async def test_every_other_method_passes(upstream: RawUpstream, method: str) -> None:
+    caller = await call(proxy(upstream.url), http_scope(method))
+    assert caller.status == 200
+    assert upstream.requests[0].line.startswith(method.encode() + b" /v1/x ")
+
+
+# --- what goes through
+
+
+async def test_a_body_with_its_length(upstream: RawUpstream) -> None:
+    scope = http_scope("POST", headers=[KEY, (b"content-length", b"6"), (b"content-type", b"a/b")])
+    await call(proxy(upstream.url), scope, b"abc", b"def")
+    [received] = upstream.requests
+    assert received.body == b"abcdef"
+    assert received.header(b"content-length") == [b"6"]
+    assert received.header(b"transfer-encoding") == []
+
+
+async def test_a_body_that_no_header_announces(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url)
+    await call(app, http_scope("POST"), b"abc")
+    await call(app, http_scope("POST"), b"abc", b"def")
+    whole, chunked = upstream.requests
+    assert (whole.body, whole.header(b"content-length")) == (b"abc", [b"3"])
+    assert chunked.header(b"transfer-encoding") == [b"chunked"]
+    assert chunked.body == b"3\r\nabc\r\n3\r\ndef\r\n0\r\n\r\n"
+
+
+async def test_an_encoded_answer_stays_as_it_is(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer(b"\x1f\x8bnot really gzip", headers=b"content-encoding: gzip\r\n")
+
+    upstream.script = script
+    caller = await call(proxy(upstream.url), http_scope())
+    assert caller.content == b"\x1f\x8bnot really gzip"
+    assert caller.header(b"content-encoding") == [b"gzip"]
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "status", "length"),
+    [
+        ("HEAD", b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n", 200, [b"1000"]),
+        ("DELETE", b"HTTP/1.1 204 No Content\r\ncontent-length: 0\r\n\r\n", 204, []),
+        ("GET", b"HTTP/1.1 304 Not Modified\r\ncontent-length: 1000\r\n\r\n", 304, []),
+    ],
+)
+async def test_answers_without_a_body(
+    upstream: RawUpstream, method: str, answer: bytes, status: int, length: list[bytes]
+) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(answer)
+
+    upstream.script = script
+    caller = await call(proxy(upstream.url), http_scope(method))
+    assert (caller.status, caller.content, caller.header(b"content-length")) == (status, b"", length)
+
+
+async def test_a_redirect_is_relayed(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer(status=b"302 Found", headers=b"location: http://evil.test/\r\n")
+
+    upstream.script = script
+    caller = await call(proxy(upstream.url), http_scope())
+    assert (caller.status, caller.header(b"location")) == (302, [b"http://evil.test/"])
+    assert len(upstream.requests) == 1
+
+
+async def test_chunks_go_up_as_they_arrive(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.head()
+        while b"abc" not in connection.buffer:
+            connection._more()
+        connection.upstream.ready.set()
+        while b"0\r\n\r\n" not in connection.buffer:
+            connection._more()
+        connection.answer()
+
+    upstream.script = script
+    caller = Caller([b"abc", b"def"], hold_upload=anyio.Event())
+    app = proxy(upstream.url)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, http_scope("POST"))
+        assert await anyio.to_thread.run_sync(upstream.ready.wait, 2)
+        assert caller.hold_upload is not None
+        caller.hold_upload.set()
+    assert caller.complete
+    await app.aclose()
+
+
+async def test_an_upload_waits_for_an_upstream_that_reads_slowly(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.upstream.go_on.wait(5)
+        connection.wait_closed()
+
+    upstream.script = script
+    caller = Caller([bytes(1 << 16)] * 1024)
+    app = proxy(upstream.url, options={"write_timeout": 0.5})
+    await caller.call(app, http_scope("POST"))
+    assert caller.status == 504
+    assert caller.received < 512
+    await app.aclose()
+
+
+async def test_an_answer_waits_for_a_caller_who_reads_slowly(upstream: RawUpstream) -> None:
+    sent = []
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        connection.socket.settimeout(0.5)
+        try:
+            for _ in range(1024):
+                connection.socket.sendall(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
+                sent.append(1 << 16)
+        except TimeoutError:
+            connection.upstream.ready.set()
+
+    upstream.script = script
+    app = proxy(upstream.url)
+    caller = Caller()
+    slow = anyio.Event()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            await slow.wait()
+
+    with anyio.move_on_after(5) as scope:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(app, http_scope(), caller.receive, send)
+            await anyio.to_thread.run_sync(upstream.ready.wait, 4)
+            caller.left.set()
+    assert not scope.cancelled_caught
+    assert sum(sent) < 16 << 20
+    await app.aclose()
+
+
+# --- what fails
+
+
+def _cut(connection: Connection) -> None:
+    connection.request()
+    connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc")
+
+
+async def test_a_cut_answer_leaves_as_an_exception(upstream: RawUpstream) -> None:
+    upstream.script = _cut
+    app = proxy(upstream.url)
+    caller = Caller()
+    with pytest.raises(UpstreamAborted):
+        await caller.call(app, http_scope())
+    assert (caller.content, caller.complete) == (b"abc", False)
+    await app.aclose()
+
+
+async def test_a_create_that_fails_is_sent_once(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.reset()
+
+    upstream.script = script
+    caller = await call(proxy(upstream.url), http_scope("POST", headers=[KEY, (b"x-portkey-trace-id", b"order-42")]))
+    assert (caller.status, _error(caller)["error"]["code"]) == (502, "upstream_failed")
+    assert caller.header(b"x-portkey-trace-id") == [b"order-42"]
+    assert caller.header(b"x-should-retry") == [b"false"]
+    assert len(upstream.requests) == 1
+
+
+async def test_what_the_server_s_send_raises_after_the_start_is_the_host_s(upstream: RawUpstream) -> None:
+    class Hosts(Exception):
+        pass
+
+    async def send(message: Any) -> None:
+        raise Hosts
+
+    app = proxy(upstream.url)
+    with pytest.raises(Hosts):
+        await app(http_scope(), Caller().receive, send)
+    await app.aclose()
+
+
+async def test_what_the_server_s_receive_raises_is_the_host_s(upstream: RawUpstream) -> None:
+    class TooLarge(Exception):
+        pass
+
+    messages = [{"type": "http.request", "body": b"a", "more_body": True}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        raise TooLarge
+
+    app = proxy(upstream.url)
+    with pytest.raises(TooLarge):
+        await app(http_scope("POST"), receive, Caller().send)
+    await app.aclose()
+
+
+# --- callers who leave
+
+
+def _silent(connection: Connection) -> None:
+    connection.request()
+    connection.upstream.ready.set()
+    connection.wait_closed()
+
+
+def _idle_stream(connection: Connection) -> None:
+    connection.request()
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    connection.send(head + b"9\r\ndata: 1\n\n\r\n")
+    connection.upstream.ready.set()
+    connection.wait_closed()
+
+
+@pytest.mark.parametrize("script", [_silent, _idle_stream])
+async def test_upstream_is_closed_when_the_caller_leaves(upstream: RawUpstream, script: Any) -> None:
+    upstream.script = script
+    app = proxy(upstream.url)
+    caller = Caller()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, http_scope())
+        assert await anyio.to_thread.run_sync(upstream.ready.wait, 2)
+        if script is _idle_stream:
+            await caller.got_chunk.wait()
+        caller.left.set()
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    assert caller.status == (200 if script is _idle_stream else 499)
+    await app.aclose()
+
+
+async def test_upstream_is_closed_when_the_caller_leaves_within_the_upload(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.upstream.ready.set()
+        connection.wait_closed()
+
+    upstream.script = script
+    app = proxy(upstream.url)
+    caller = Caller([b"abc", b"def"], hold_upload=anyio.Event())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, http_scope("POST"))
+        assert await anyio.to_thread.run_sync(upstream.ready.wait, 2)
+        caller.left.set()
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    assert not upstream.requests
+    await app.aclose()
+
+
+# --- layers
+
+
+def quota(limit: int) -> Any:
+    """A host's own layer: so many requests for each tenant."""
+    spent: dict[str | None, int] = {}
+
+    def layer(forward: Forward) -> Forward:
+        async def counted(request: ProxyRequest) -> ProxyResponse:
+            tenant = request.key.tenant
+            spent[tenant] = spent.get(tenant, 0) + 1
+            if spent[tenant] > limit:
+                raise LimitExceeded(f"{tenant} has used its {limit} requests", retry_after=60)
+            return await forward(request)
+
+        return counted
+
+    return layer
+
+
+def input_check(forward: Forward) -> Forward:
+    """A host's own layer: looks at the input of a create and answers by itself where it does not like it."""
+
+    async def checked(request: ProxyRequest) -> ProxyResponse:
+        if request.operation != "predictions.create":
+            return await forward(request)
+        body = b"".join([chunk async for chunk in request.body])
+        if b"secret plan" in body:
+            return ProxyResponse.json(422, {"detail": "not that"})
+        return await forward(replace(request, body=_again(body)))
+
+    return checked
+
+
+async def _again(body: bytes) -> AsyncIterable[bytes]:
+    yield body
+
+
+async def test_a_quota_of_the_host(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url, layers=[quota(1)])
+    assert (await call(app, http_scope())).status == 200
+    caller = await call(app, http_scope())
+    assert (caller.status, caller.header(b"retry-after")) == (429, [b"60"])
+    assert _error(caller)["message"] == "team-a has used its 1 requests"
+    assert (await call(app, http_scope(headers=[(b"x-portkey-api-key", b"pk-team-b")]))).status == 200
+    assert len(upstream.requests) == 2
+
+
+async def test_an_input_check_of_the_host(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url, layers=[input_check])
+    scope = http_scope("POST", "/v1/predictions", [KEY, (b"content-length", b"22")])
+    assert (await call(app, scope, b'{"p": "a secret plan"}')).status == 422
+    assert (await call(app, scope, b'{"p": ', b'"a public plan"}')).status == 200
+    assert (await call(app, http_scope())).status == 200
+    assert len(upstream.requests) == 2
+
+
+async def test_layers_are_passed_from_the_outside_in(upstream: RawUpstream) -> None:
+    passed = []
+
+    def named(name: str) -> Any:
+        def layer(forward: Forward) -> Forward:
+            async def noted(request: ProxyRequest) -> ProxyResponse:
+                passed.append(name)
+                return await forward(request)
+
+            return noted
+
+        return layer
+
+    await call(proxy(upstream.url, layers=[named("outer"), named("inner")]), http_scope())
+    assert passed == ["outer", "inner"]
+
+
+async def test_a_layer_that_fails_is_answered_for(upstream: RawUpstream, caplog: pytest.LogCaptureFixture) -> None:
+    def layer(forward: Forward) -> Forward:
+        async def failing(request: ProxyRequest) -> ProxyResponse:
+            raise ZeroDivisionError("hunter2")
+
+        return failing
+
+    with caplog.at_level(logging.ERROR):
+        caller = await call(proxy(upstream.url, layers=[layer]), http_scope("POST"))
+    assert (caller.status, _error(caller)["error"]["code"]) == (500, "internal_error")
+    assert caplog.messages == ["a layer failed: ZeroDivisionError"]
+    assert not upstream.connections
+
+
+async def test_a_layer_that_refuses_within_an_answer_cuts_it(upstream: RawUpstream) -> None:
+    class Refusing:
+        def __aiter__(self) -> Refusing:
+            return self
+
+        async def __anext__(self) -> bytes:
+            raise PermissionDenied("too much")
+
+    def layer(forward: Forward) -> Forward:
+        async def refusing(request: ProxyRequest) -> ProxyResponse:
+            return replace(await forward(request), body=Refusing())
+
+        return refusing
+
+    app = proxy(upstream.url, layers=[layer])
+    caller = Caller()
+    with pytest.raises(PermissionDenied):
+        await caller.call(app, http_scope())
+    assert not caller.complete
+    await app.aclose()
+
+
+async def test_a_request_shows_no_secret(upstream: RawUpstream) -> None:
+    shown = []
+
+    def layer(forward: Forward) -> Forward:
+        async def showing(request: ProxyRequest) -> ProxyResponse:
+            shown.append(repr(request))
+            response = await forward(request)
+            shown.append(repr(response))
+            return response
+
+        return showing
+
+    await call(proxy(upstream.url, layers=[layer]), http_scope())
+    assert len(shown) == 2
+    assert not any(TOKEN in text or "pk-team-a" in text for text in shown)
+
+
+async def test_the_defaults_point_at_replicate() -> None:
+    middleware = ReplicateProxyMiddleware(host, key_resolver=StaticKeyResolver(TOKEN, api_keys=["pk"]))
+    assert middleware._config.upstream == "https://api.replicate.com/v1"
+    assert (await call(middleware, http_scope(target="/"))).content == b"host"

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicate_proxy_mw import routing
+from replicate_proxy_mw.errors import BadRequest, MethodNotAllowed, ProxyError
+from replicate_proxy_mw.operations import OPERATIONS
+from tests.raw_asgi import http_scope
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [("/v1", True), ("/v1/", True), ("/v1/x", True), ("/v1beta", False), ("/v1evil/x", False), ("/V1/x", False)],
+)
+def test_a_prefix_ends_at_a_segment(path: str, inside: bool) -> None:
+    assert routing.within(path, "/v1") is inside
+
+
+def test_an_empty_prefix_holds_everything() -> None:
+    assert routing.within("/predictions", "")
+
+
+@pytest.mark.parametrize(
+    ("raw_path", "path", "root_path", "expected"),
+    [
+        (b"/v1/x", "/v1/x", "", "/v1/x"),
+        (b"/v1/a%2Fb", "/v1/a/b", "", "/v1/a%2Fb"),
+        (b"/v1/%ff", "/v1/\ufffd", "", "/v1/%ff"),
+        (b"/v1/%zz", "/v1/%zz", "", "/v1/%zz"),
+        (None, "/v1/a b/ü", "", "/v1/a%20b/%C3%BC"),
+        (None, "/v1/x@y:z", "", "/v1/x@y:z"),
+        # uvicorn --root-path and Starlette's mounts keep it in the path, hypercorn and granian do not
+        (b"/api/v1/x", "/api/v1/x", "/api", "/v1/x"),
+        (b"/v1/x", "/v1/x", "/api", "/v1/x"),
+        (b"/apiv1/x", "/apiv1/x", "/api", "/apiv1/x"),
+        # an outer middleware that rewrote the path alone
+        (b"/old/x", "/v1/x", "", "/v1/x"),
+        (b"/old/a%20b", "/v1/a b", "", "/v1/a%20b"),
+    ],
+)
+def test_the_path_is_read_as_it_came(raw_path: bytes | None, path: str, root_path: str, expected: str) -> None:
+    assert routing.path_of({"raw_path": raw_path, "path": path, "root_path": root_path}) == expected
+
+
+def test_a_scope_without_raw_path_and_root_path() -> None:
+    assert routing.path_of({"path": "/v1/x"}) == "/v1/x"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.id)
+def test_every_operation_is_found(operation: routing.Operation) -> None:
+    path = operation.path.replace("{", "an-").replace("}", "")
+    route = routing.match(operation.method, path)
+    assert (route.template, route.operation, route.details) == (operation.path, operation.id, operation)
+    assert all(value == f"an-{name}" for name, value in route.params.items())
+    assert len(route.params) == operation.path.count("{")
+
+
+def test_head_is_its_get() -> None:
+    assert routing.match("HEAD", "/predictions/p1").operation == "predictions.get"
+
+
+def test_a_method_that_a_path_does_not_have() -> None:
+    route = routing.match("PUT", "/predictions/p1")
+    assert (route.template, route.operation, route.params) == (
+        "/predictions/{prediction_id}",
+        None,
+        {"prediction_id": "p1"},
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/", "/predictions/", "/predictions//cancel", "/models/a%2Fb", "/nope", "/a/b/c/d/e/f/g"]
+)
+def test_what_the_api_does_not_have(path: str) -> None:
+    assert routing.match("GET", path) == routing.UNKNOWN
+
+
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT", "TRACK"])
+def test_methods_that_are_refused(method: str) -> None:
+    with pytest.raises(MethodNotAllowed):
+        routing.check(method, "/x", b"")
+
+
+@pytest.mark.parametrize("method", ["GET", "QUERY", "PATCH", "FOO"])
+def test_every_other_method_passes(method: str) -> None:
+    assert routing.check(method, "/x", b"") == "/x"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/..", "/../x", "/a/./b", "/.", "/%2e%2e/x", "/a%2F..%2Fb", "/a%2f%2E", "/a\\b", "/a%5Cb"]
+    + ["/%00", "/a%0d%0ab", "/a\x7fb", "/a#b", "/a b", "/ü"],
+)
+def test_paths_that_are_refused(path: str) -> None:
+    with pytest.raises(BadRequest):
+        routing.check("GET", path, b"")
+
+
+@pytest.mark.parametrize("query", [b"a=b#c", b"a=\xff", b"a=b c", b"a=\r\nb"])
+def test_queries_that_are_refused(query: bytes) -> None:
+    with pytest.raises(BadRequest):
+        routing.check("GET", "/x", query)
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "target"),
+    [
+        ("/a%2Fb", b"", "/a%2Fb"),
+        ("/a%252e%252e/b", b"", "/a%252e%252e/b"),
+        ("/...", b"", "/..."),
+        ("//evil", b"", "//evil"),
+        ("/%zz/a+b;,:@", b"foo=a%20b&foo=c", "/%zz/a+b;,:@?foo=a%20b&foo=c"),
+        ("/x", b"cursor=cD0yMDIy%2Babc%3D%3D", "/x?cursor=cD0yMDIy%2Babc%3D%3D"),
+        ("/a%23b", b"a=..", "/a%23b?a=.."),
+        ("", b"a", "?a"),
+    ],
+)
+def test_targets_pass_byte_for_byte(path: str, query: bytes, target: str) -> None:
+    assert routing.check("GET", path, query) == target
+
+
+@given(st.text(st.characters(max_codepoint=0x17F), max_size=40), st.binary(max_size=40))
+def test_any_target_is_passed_on_or_refused(path: str, query: bytes) -> None:
+    scope = http_scope(target="/v1/x")
+    scope["path"] = "/v1/" + path
+    scope["raw_path"] = None
+    try:
+        target = routing.check("GET", routing.path_of(scope), query)
+    except ProxyError:
+        return
+    assert target.isascii()
+    assert target.isprintable()
+    assert "/../" not in target

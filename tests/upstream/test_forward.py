@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import traceback
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from replicate_proxy_mw import ProxyConfig, ProxyRequest, ReplicateKey
+from replicate_proxy_mw.errors import (
+    ClientDisconnected,
+    Overloaded,
+    ProxyError,
+    UpstreamAborted,
+    UpstreamFailed,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from replicate_proxy_mw.exchange import Chunks
+from replicate_proxy_mw.portkey import PortkeyContext
+from replicate_proxy_mw.routing import UNKNOWN
+from replicate_proxy_mw.upstream import Upstream
+from tests.raw_asgi import TOKEN
+from tests.raw_upstream import Connection, RawUpstream
+
+pytestmark = pytest.mark.anyio
+
+
+def _request(method: str = "GET", target: str = "/x", body: Any = None, **more: Any) -> ProxyRequest:
+    defaults: dict[str, Any] = {
+        "route": UNKNOWN,
+        "headers": ((b"accept", b"*/*"),),
+        "body": Chunks([]) if body is None else body,
+        "content_length": 0,
+        "key": ReplicateKey(TOKEN),
+        "portkey": PortkeyContext(),
+        "scope": {},
+    }
+    return ProxyRequest(method=method, target=target, **(defaults | more))
+
+
+async def _exchange(upstream: Upstream, request: ProxyRequest) -> bytes:
+    response = await upstream.forward(request)
+    try:
+        return b"".join([chunk async for chunk in response.body])
+    finally:
+        await response.aclose()
+        await upstream.aclose()
+
+
+def _to(upstream: RawUpstream, **options: Any) -> Upstream:
+    return Upstream(ProxyConfig(upstream=upstream.url, **options), None)
+
+
+async def test_the_wire(upstream: RawUpstream) -> None:
+    assert await _exchange(_to(upstream), _request(target="/a%2Fb//c?x=%20&x=|")) == b"{}"
+    [received] = upstream.requests
+    assert received.line == b"GET /v1/a%2Fb//c?x=%20&x=| HTTP/1.1"
+    assert received.headers == [
+        (b"host", f"127.0.0.1:{upstream.port}".encode()),
+        (b"accept", b"*/*"),
+        (b"authorization", b"Bearer " + TOKEN.encode()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "content_length", "framing", "sent"),
+    [
+        ("GET", [], 0, [], b""),
+        ("DELETE", [], 0, [], b""),
+        ("POST", [], 0, [(b"content-length", b"0")], b""),
+        ("PATCH", [b"ab", b"c"], 3, [(b"content-length", b"3")], b"abc"),
+        ("QUERY", [b"llama"], 5, [(b"content-length", b"5")], b"llama"),
+        ("POST", [b"ab", b"c"], None, [(b"transfer-encoding", b"chunked")], b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"),
+    ],
+)
+async def test_a_body_is_framed_by_us(
+    upstream: RawUpstream, method: str, body: list[bytes], content_length: int | None, framing: Any, sent: bytes
+) -> None:
+    await _exchange(_to(upstream), _request(method, body=Chunks(body), content_length=content_length))
+    [received] = upstream.requests
+    assert [pair for pair in received.headers if pair[0] in (b"content-length", b"transfer-encoding")] == framing
+    assert received.body == sent
+
+
+async def test_an_upstream_without_a_path(upstream: RawUpstream) -> None:
+    await _exchange(Upstream(ProxyConfig(upstream=f"http://127.0.0.1:{upstream.port}"), None), _request(target="?a=b"))
+    assert upstream.requests[0].line == b"GET /?a=b HTTP/1.1"
+
+
+async def test_no_target_leads_to_another_host(upstream: RawUpstream) -> None:
+    for target in ("@evil.test/", ".evil.test/x", ":1234/"):
+        with pytest.raises((UpstreamFailed, httpx.InvalidURL)):
+            Upstream(ProxyConfig(upstream="https://api.replicate.com"), None)._parse(target)
+
+
+async def test_refused_means_nothing_was_sent() -> None:
+    with RawUpstream() as gone:
+        url = gone.url
+    with pytest.raises(UpstreamUnreachable):
+        await _exchange(Upstream(ProxyConfig(upstream=url), None), _request())
+
+
+def _silent(connection: Connection) -> None:
+    connection.request()
+    connection.wait_closed()
+
+
+def _drops(connection: Connection) -> None:
+    connection.request()
+
+
+def _resets(connection: Connection) -> None:
+    connection.request()
+    connection.reset()
+
+
+def _garbage(connection: Connection) -> None:
+    connection.request()
+    connection.send(b"SSH-2.0-OpenSSH\r\n\r\n")
+
+
+def _switches(connection: Connection) -> None:
+    connection.request()
+    connection.send(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n")
+    connection.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        (_silent, UpstreamTimeout),
+        (_drops, UpstreamFailed),
+        (_resets, UpstreamFailed),
+        (_garbage, UpstreamFailed),
+        (_switches, UpstreamFailed),
+    ],
+)
+async def test_a_failure_before_the_answer(upstream: RawUpstream, script: Any, error: type[ProxyError]) -> None:
+    upstream.script = script
+    with pytest.raises(error) as raised:
+        await _exchange(_to(upstream, read_timeout=0.2), _request("POST"))
+    assert len(upstream.requests) == 1
+    report = traceback.TracebackException.from_exception(raised.value)
+    assert report.exc_type is error
+    assert report.__context__ is None
+    assert report.__cause__ is None
+
+
+def _cut(connection: Connection) -> None:
+    connection.request()
+    connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc")
+
+
+def _bad_chunk(connection: Connection) -> None:
+    connection.request()
+    connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
+
+
+def _stalls(connection: Connection) -> None:
+    connection.request()
+    connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc")
+    connection.wait_closed()
+
+
+@pytest.mark.parametrize("script", [_cut, _bad_chunk, _stalls])
+async def test_a_failure_within_the_answer(upstream: RawUpstream, script: Any) -> None:
+    upstream.script = script
+    transport = _to(upstream, read_timeout=0.2)
+    response = await transport.forward(_request())
+    with pytest.raises(UpstreamAborted) as raised:
+        async for _ in response.body:
+            pass
+    assert raised.value.__context__ is None
+    await response.aclose()
+    await transport.aclose()
+
+
+async def test_the_wait_for_a_connection(upstream: RawUpstream) -> None:
+    transport = _to(upstream, max_connections=1, connection_wait=0.05)
+    held = await transport.forward(_request())
+    with pytest.raises(Overloaded) as raised:
+        await transport.forward(_request())
+    assert raised.value.headers == ((b"retry-after", b"1"),)
+    await held.aclose()
+    await transport.aclose()
+
+
+async def test_an_answer_that_nobody_reads_to_its_end(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        connection.wait_closed()
+
+    upstream.script = script
+    transport = _to(upstream)
+    response = await transport.forward(_request())
+    body = aiter(response.body)
+    assert await anext(body) == b"abc"
+    await response.aclose()
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 2)
+    await transport.aclose()
+
+
+async def test_an_answer_with_a_header_that_could_split_it() -> None:
+    closed = []
+
+    class Stream(httpx.AsyncByteStream):
+        def __aiter__(self) -> AsyncIterator[bytes]:
+            return Chunks([])  # type: ignore[return-value]
+
+        async def aclose(self) -> None:
+            closed.append(True)
+
+    class Splitting(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, headers=[(b"link", b"a\r\nset-cookie: b")], stream=Stream())
+
+    with pytest.raises(UpstreamFailed):
+        await Upstream(ProxyConfig(), Splitting()).forward(_request())
+    assert closed
+
+
+async def test_a_caller_who_leaves_within_the_upload_is_no_failure_of_upstream(upstream: RawUpstream) -> None:
+    class Leaves(Chunks):
+        async def __anext__(self) -> bytes:
+            raise ClientDisconnected()
+
+    with pytest.raises(ClientDisconnected):
+        await _exchange(_to(upstream), _request("POST", body=Leaves([]), content_length=None))
+
+
+class Given(httpx.AsyncBaseTransport):
+    """A host's own transport around a real one."""
+
+    def __init__(self) -> None:
+        self.inner = httpx.AsyncHTTPTransport()
+        self.requests = 0
+        self.closed = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.requests += 1
+        return await self.inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        self.closed = True
+        await self.inner.aclose()
+
+
+async def test_a_given_transport_is_used_and_never_closed(upstream: RawUpstream) -> None:
+    given = Given()
+    transport = Upstream(ProxyConfig(upstream=upstream.url), given)
+    assert await _exchange(transport, _request()) == b"{}"
+    assert (given.requests, given.closed) == (1, False)
+    await given.aclose()
+
+
+async def test_a_transport_of_its_own_is_opened_again_after_closing(upstream: RawUpstream) -> None:
+    transport = _to(upstream)
+    for _ in range(2):
+        assert await _exchange(transport, _request()) == b"{}"
+    assert len(upstream.connections) == 2
