@@ -17,6 +17,10 @@ def _body(caller: Caller) -> RequestBody:
     return RequestBody(receive)
 
 
+def _not_yet() -> bool:
+    return False
+
+
 @pytest.mark.parametrize(
     ("sent", "whole"), [([b""], 0), ([b"ab"], 2), ([b"ab", b""], None), ([b"", b"a", b"", b"b"], None)]
 )
@@ -82,7 +86,7 @@ async def test_work_that_gets_done() -> None:
     async def relay() -> None:
         done.append(True)
 
-    await while_connected(body, relay)
+    await while_connected(body, relay, ending=_not_yet)
     assert done
 
 
@@ -93,7 +97,7 @@ async def test_work_that_fails_fails_bare() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await while_connected(body, relay)
+        await while_connected(body, relay, ending=_not_yet)
 
 
 async def test_work_is_dropped_when_the_caller_leaves() -> None:
@@ -110,14 +114,29 @@ async def test_work_is_dropped_when_the_caller_leaves() -> None:
             cleaned_up.append(True)
 
     with pytest.raises(ClientDisconnected):
-        await while_connected(body, relay)
+        await while_connected(body, relay, ending=_not_yet)
     assert cleaned_up
+
+
+async def test_work_that_is_ending_is_left_to_its_end() -> None:
+    caller = Caller()
+    body = _body(caller)
+    await body.begin()
+    ended = []
+
+    async def relay() -> None:
+        caller.left.set()
+        await anyio.wait_all_tasks_blocked()
+        ended.append(True)
+
+    await while_connected(body, relay, ending=lambda: True)
+    assert ended
 
 
 async def test_cancellation_from_outside_passes() -> None:
     body = _body(Caller())
     with anyio.move_on_after(0.01) as scope:
-        await while_connected(body, anyio.sleep_forever)
+        await while_connected(body, anyio.sleep_forever, ending=_not_yet)
     assert scope.cancelled_caught
 
 
@@ -141,7 +160,7 @@ async def test_a_host_that_refuses_the_rest_of_an_upload_does_not_stop_the_answe
         await anyio.sleep(0.01)
         answered.append(True)
 
-    await while_connected(body, relay)
+    await while_connected(body, relay, ending=_not_yet)
     assert answered
     assert body.failure is None
 

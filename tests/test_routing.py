@@ -90,9 +90,14 @@ def test_every_other_method_passes(method: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/..", "/../x", "/a/./b", "/.", "/%2e%2e/x", "/a%2F..%2Fb", "/a%2f%2E", "/a\\b", "/a%5Cb"]
-    + ["/%00", "/a%0d%0ab", "/a\x7fb", "/a#b", "/a b", "/ü"],
+    ["/..", "/../x", "/a/./b", "/.", "/%2e%2e/x", "/a%2F..%2Fb", "/a%2f%2E"],
 )
+def test_dot_segments_are_refused(path: str) -> None:
+    with pytest.raises(BadRequest):
+        routing.check("GET", path, b"")
+
+
+@pytest.mark.parametrize("path", ["/a\\b", "/a%5Cb", "/%00", "/a%0d%0ab", "/a\x7fb", "/a#b", "/a b", "/ü"])
 def test_paths_that_are_refused(path: str) -> None:
     with pytest.raises(BadRequest):
         routing.check("GET", path, b"")

@@ -17,7 +17,8 @@ class Reply:
     Attributes:
         status: the status that went out, None before.
         size: bytes of body that went out.
-        complete: the last byte went out.
+        ending: the last message is on its way.
+        complete: it went out.
     """
 
     def __init__(self, send: ASGISendCallable, *, method: str) -> None:
@@ -25,6 +26,7 @@ class Reply:
         self._bodiless = method == "HEAD"
         self.status: int | None = None
         self.size = 0
+        self.ending = False
         self.complete = False
 
     async def relay(self, response: ProxyResponse) -> None:
@@ -46,6 +48,7 @@ class Reply:
                 async for chunk in response.body:
                     self.size += len(chunk)
                     await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+            self.ending = True
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             raise ClientDisconnected() from None

@@ -86,8 +86,13 @@ class RequestBody:
             self.disconnected = message["type"] == "http.disconnect"
 
 
-async def while_connected(body: RequestBody, relay: Callable[[], Awaitable[None]]) -> None:
-    """Run `relay` until it is done or the caller leaves.
+async def while_connected(
+    body: RequestBody, relay: Callable[[], Awaitable[None]], *, ending: Callable[[], bool]
+) -> None:
+    """Run `relay` until it is done or the caller leaves; once it is `ending`, until it is done.
+
+    Servers report a departure as soon as an answer is complete, hypercorn while it still sends the last message: to
+    cancel it then would leave its connection open.
 
     Both run as children of one task group: a relay in the host's own task leaks its connection when that task is
     cancelled twice. What it raises leaves bare, since a host's handlers do not look into exception groups.
@@ -114,7 +119,8 @@ async def while_connected(body: RequestBody, relay: Callable[[], Awaitable[None]
                 await body.departure()
             except Exception:  # a host's limit on the rest of an upload: nobody reads that rest
                 return
-            tasks.cancel_scope.cancel()
+            if not ending():
+                tasks.cancel_scope.cancel()
 
         tasks.start_soon(run)
         tasks.start_soon(watch)

@@ -10,7 +10,8 @@ from urllib.parse import unquote
 from litestar import Litestar
 from litestar.exceptions import ImproperlyConfiguredException, NotFoundException
 from litestar.handlers import ASGIRouteHandler
-from litestar.plugins import InitPlugin
+from litestar.plugins import InitPlugin, ReceiveRoutePlugin
+from litestar.routes import BaseRoute
 from litestar.types import Receive, Scope, Send
 
 from . import routing
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
 
-class ReplicateProxyPlugin(InitPlugin):
+class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
     """Mounts the proxy at its prefix. Takes the keywords of `ReplicateProxyMiddleware`.
 
     A mount, since Litestar's `middleware=[...]` sees neither paths that are not registered nor the lifespan. Routes of
     the host below the prefix (`/v1/own`) stay the host's, without `exclude`.
 
     Raises:
-        ImproperlyConfiguredException: at start-up, if a route begins with the prefix but not at a segment (`/v1beta`):
-            Litestar would hand its requests to the mount.
+        ImproperlyConfiguredException: the prefix is empty; or, at start-up, a route of the host begins with the
+            prefix but not at a segment (`/v1beta`): Litestar would hand its requests to the mount.
     """
 
     __slots__ = ("_middleware", "_prefix")
@@ -48,6 +49,10 @@ class ReplicateProxyPlugin(InitPlugin):
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         self._prefix = (config or ProxyConfig()).prefix
+        if not self._prefix:
+            raise ImproperlyConfiguredException(
+                "a mount needs a prefix: wrap the app in ReplicateProxyMiddleware instead"
+            )
         self._middleware = ReplicateProxyMiddleware(
             _not_ours,
             key_resolver=key_resolver,
@@ -65,6 +70,13 @@ class ReplicateProxyPlugin(InitPlugin):
         app_config.lifespan.append(self._lifespan)
         return app_config
 
+    def receive_route(self, route: BaseRoute) -> None:
+        if route.path.startswith(self._prefix) and not routing.within(route.path, self._prefix):
+            raise ImproperlyConfiguredException(
+                f"route {route.path!r} begins with the proxy's prefix {self._prefix!r}, whose mount would take its "
+                "requests: rename one of them, or wrap the app in ReplicateProxyMiddleware instead"
+            )
+
     def _path(self, scope: Any) -> str:
         """The path before Litestar took the prefix off, collapsed slashes and appended one."""
         raw_path: bytes | None = scope.get("raw_path")
@@ -74,13 +86,11 @@ class ReplicateProxyPlugin(InitPlugin):
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
-        for route in app.routes:
-            if route.path.startswith(self._prefix) and not routing.within(route.path, self._prefix):
-                raise ImproperlyConfiguredException(
-                    f"route {route.path!r} begins with the proxy's prefix {self._prefix!r}, whose mount would take its "
-                    "requests: rename one of them, or wrap the app in ReplicateProxyMiddleware instead"
-                )
         yield
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop: for hosts that have no lifespan."""
         await self._middleware.aclose()
 
 

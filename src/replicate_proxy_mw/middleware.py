@@ -112,7 +112,8 @@ class ReplicateProxyMiddleware:
         with self._telemetry.request(scope, route) as span:
             try:
                 request = await self._admit(scope, path, route, body, span)
-                await while_connected(body, partial(self._relay, request, body, reply))
+                relay = partial(self._relay, request, body, reply)
+                await while_connected(body, relay, ending=lambda: reply.ending)
             except UpstreamAborted:
                 raise
             except Exception as error:

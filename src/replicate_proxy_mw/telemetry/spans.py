@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Literal
@@ -24,6 +25,9 @@ from . import attributes, names
 TrustTraceparent = Literal["parent", "link", "ignore"]
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+
+# The request span above an attempt, which is several layers away from it.
+_above: ContextVar[RequestSpan] = ContextVar("replicate_proxy_mw.request_span")
 
 
 class Telemetry:
@@ -61,6 +65,7 @@ class Telemetry:
         if span.is_recording():
             span.set_attributes(attributes.of_scope(scope) | attributes.of_route(route))
         observed = RequestSpan(span)
+        _above.set(observed)
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):
             try:
                 yield observed
@@ -95,6 +100,7 @@ class Telemetry:
                 attributes.span_name(request.method, self._upstream.path + request.route.template),
                 kind=SpanKind.CLIENT,
             )
+            _above.get().outcome = "forwarded"
             if not span.is_recording():
                 return await forward(request)
             span.set_attributes(attributes.of_attempt(request, self._upstream))
@@ -117,7 +123,7 @@ class RequestSpan:
     Attributes:
         id: the trace id in hex, or a random one where there is no trace: what a caller can report.
         portkey_trace_id: the caller's `x-portkey-trace-id`.
-        outcome: a word of the list in `errors`; `forwarded` where Replicate answered.
+        outcome: a word of the list in `errors`; `forwarded` where Replicate answered, `answered` where a layer did.
         status: the status that went out; None if none did.
         request_size, response_size: bytes of body, read and sent.
         complete: the answer went out to its last byte.
@@ -127,7 +133,7 @@ class RequestSpan:
         self._span = span
         self._error_type: str | None = None
         self.portkey_trace_id: str | None = None
-        self.outcome = "forwarded"
+        self.outcome = "answered"
         self.status: int | None = None
         self.request_size = 0
         self.response_size = 0

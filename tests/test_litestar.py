@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from litestar import Litestar, get, websocket
+from litestar.config.cors import CORSConfig
+from litestar.connection import WebSocket
+from litestar.exceptions import ImproperlyConfiguredException, WebSocketDisconnect
+from litestar.handlers import BaseRouteHandler
+from litestar.testing import TestClient
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from replicate_proxy_mw import Forward, MappingKeyResolver, ProxyConfig, ProxyRequest, ProxyResponse
+from replicate_proxy_mw.litestar import ReplicateProxyPlugin
+from replicate_proxy_mw.testing import serve
+from tests.raw_asgi import TOKEN, Caller, http_scope
+from tests.raw_upstream import Connection, RawUpstream
+
+HEADERS = {"x-portkey-api-key": "pk-team-a"}
+
+
+@get("/v1/own", sync_to_thread=False)
+def own() -> str:
+    return "own"
+
+
+@get("/v1beta/5", sync_to_thread=False)
+def beta() -> str:
+    return "beta"
+
+
+@websocket("/socket")
+async def socket(socket: WebSocket[Any, Any, Any]) -> None:
+    await socket.accept()
+    await socket.send_text("hello")
+    await socket.close()
+
+
+def _plugin(upstream: str, **more: Any) -> ReplicateProxyPlugin:
+    options = more.pop("options", {})
+    resolver = MappingKeyResolver({"pk-team-a": TOKEN})
+    return ReplicateProxyPlugin(key_resolver=resolver, config=ProxyConfig(upstream=upstream, **options), **more)
+
+
+def _app(upstream: str, *handlers: BaseRouteHandler, on_shutdown: Any = (), **more: Any) -> Litestar:
+    return Litestar(
+        [own, *handlers],
+        plugins=[_plugin(upstream, **more)],
+        cors_config=CORSConfig(allow_origins=["https://app.test"]),
+        logging_config=None,
+        on_shutdown=list(on_shutdown),
+    )
+
+
+@pytest.mark.parametrize("target", ["/v1", "/v1/", "/v1/predictions", "/v1/a%2Fb//c/", "/v1/a%20b?x=%20", "/v1//x"])
+def test_targets_arrive_as_they_were_sent(upstream: RawUpstream, target: str) -> None:
+    with serve(_app(upstream.url)) as served:
+        assert httpx.get(served.url + target, headers=HEADERS).json() == {}
+    assert upstream.requests[0].line == f"GET {target} HTTP/1.1".encode()
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH", "QUERY", "DELETE", "HEAD"])
+def test_every_method_arrives(upstream: RawUpstream, method: str) -> None:
+    with serve(_app(upstream.url)) as served:
+        assert httpx.request(method, served.url + "/v1/x", headers=HEADERS).status_code == 200
+    assert upstream.requests[0].line.startswith(method.encode())
+
+
+def test_the_host_s_routes_stay_its_own(upstream: RawUpstream) -> None:
+    with serve(_app(upstream.url)) as served:
+        assert httpx.get(served.url + "/v1/own").text == "own"
+        for target in ("/v1beta", "/v10/x", "/v2"):
+            assert httpx.get(served.url + target, headers=HEADERS).status_code == 404
+    assert not upstream.requests
+
+
+def test_a_route_that_the_mount_would_shadow_stops_the_start() -> None:
+    with pytest.raises(ImproperlyConfiguredException, match="/v1beta/5"):
+        _app("http://127.0.0.1:1", beta)
+
+
+def test_litestar_s_cors_stays_around_the_proxy(upstream: RawUpstream) -> None:
+    with serve(_app(upstream.url)) as served:
+        headers = HEADERS | {"origin": "https://app.test"}
+        response = httpx.get(served.url + "/v1/x", headers=headers)
+    assert response.headers["access-control-allow-origin"] == "https://app.test"
+
+
+def test_websockets_below_the_prefix_are_closed(upstream: RawUpstream) -> None:
+    with TestClient(_app(upstream.url, socket)) as client:
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/socket"):
+            pass
+        with client.websocket_connect("/socket") as connection:
+            assert connection.receive_text() == "hello"
+
+
+def test_the_lifespan_closes_what_was_opened(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer()
+        connection.wait_closed()
+
+    upstream.script = script
+    with serve(_app(upstream.url)) as served:
+        httpx.get(served.url + "/v1/x", headers=HEADERS)
+        assert not upstream.closed.is_set()
+    assert upstream.closed.wait(2)
+
+
+def test_the_plugin_takes_the_middleware_s_keywords(
+    upstream: RawUpstream, tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    passed = []
+
+    def layer(forward: Forward) -> Forward:
+        async def noted(request: ProxyRequest) -> ProxyResponse:
+            passed.append(request.target)
+            return await forward(request)
+
+        return noted
+
+    transport = httpx.AsyncHTTPTransport()
+    app = _app(
+        upstream.url,
+        layers=[layer],
+        transport=transport,
+        on_shutdown=[transport.aclose],
+        tracer_provider=tracer_provider,
+        options={"prefix": "/replicate"},
+    )
+    with serve(app) as served:
+        assert httpx.get(served.url + "/replicate/x", headers=HEADERS).json() == {}
+        assert httpx.get(served.url + "/v1/x", headers=HEADERS).status_code == 404
+    assert passed == ["/x"]
+    assert [span.name for span in exporter.get_finished_spans()] == ["GET /v1/{path}", "GET /replicate/{path}"]
+
+
+def test_the_prefix_has_to_be_there() -> None:
+    with pytest.raises(ImproperlyConfiguredException, match="prefix"):
+        _app("http://127.0.0.1:1", options={"prefix": ""})
+
+
+@pytest.mark.anyio
+async def test_a_server_without_raw_path(upstream: RawUpstream) -> None:
+    app = _app(upstream.url)
+    scope = http_scope(target="/v1/predictions")
+    del scope["raw_path"]
+    caller = await Caller().call(app, scope)
+    assert caller.status == 200
+    assert upstream.requests[0].line == b"GET /v1/predictions HTTP/1.1"
+    await app.plugins.get(ReplicateProxyPlugin).aclose()
