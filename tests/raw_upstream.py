@@ -123,6 +123,12 @@ class RawUpstream:
         self._threads[0].start()
         return self
 
+    def all_closed(self, count: int, seconds: float = 3.0) -> None:
+        """Wait until so many connections are closed by the proxy, or so many seconds."""
+        deadline = time.monotonic() + seconds
+        while len(self.closed_at) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     @property
     def port(self) -> int:
         return int(self._listener.getsockname()[1])

@@ -10,6 +10,7 @@ import pytest
 
 from replicate_proxy_mw import ProxyConfig, ProxyRequest, ReplicateKey
 from replicate_proxy_mw.errors import (
+    BadRequest,
     ClientDisconnected,
     Overloaded,
     ProxyError,
@@ -92,8 +93,13 @@ async def test_an_upstream_without_a_path(upstream: RawUpstream) -> None:
 
 async def test_no_target_leads_to_another_host(upstream: RawUpstream) -> None:
     for target in ("@evil.test/", ".evil.test/x", ":1234/"):
-        with pytest.raises((UpstreamFailed, httpx.InvalidURL)):
-            Upstream(ProxyConfig(upstream="https://api.replicate.com"), None)._parse(target)
+        with pytest.raises(UpstreamFailed):
+            await Upstream(ProxyConfig(upstream="https://api.replicate.com"), None).forward(_request(target=target))
+
+
+async def test_a_target_that_no_url_can_hold_is_the_caller_s_mistake(upstream: RawUpstream) -> None:
+    with pytest.raises(BadRequest):
+        await _to(upstream).forward(_request(target="/" + "a" * 70000))
 
 
 async def test_refused_means_nothing_was_sent() -> None:
@@ -204,7 +210,10 @@ async def test_an_answer_that_nobody_reads_to_its_end(upstream: RawUpstream) -> 
     await transport.aclose()
 
 
-async def test_an_answer_with_a_header_that_could_split_it() -> None:
+@pytest.mark.parametrize(
+    ("status", "headers"), [(200, [(b"link", b"a\r\nset-cookie: b")]), (101, [(b"upgrade", b"h2c")])]
+)
+async def test_an_answer_that_a_transport_should_not_have_given(status: int, headers: Any) -> None:
     closed = []
 
     class Stream(httpx.AsyncByteStream):
@@ -214,12 +223,12 @@ async def test_an_answer_with_a_header_that_could_split_it() -> None:
         async def aclose(self) -> None:
             closed.append(True)
 
-    class Splitting(httpx.AsyncBaseTransport):
+    class Odd(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            return httpx.Response(200, headers=[(b"link", b"a\r\nset-cookie: b")], stream=Stream())
+            return httpx.Response(status, headers=headers, stream=Stream())
 
     with pytest.raises(UpstreamFailed):
-        await Upstream(ProxyConfig(), Splitting()).forward(_request())
+        await Upstream(ProxyConfig(), Odd()).forward(_request())
     assert closed
 
 

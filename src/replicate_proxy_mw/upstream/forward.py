@@ -11,6 +11,7 @@ from anyio.lowlevel import RunVar
 from .. import headers
 from ..config import ProxyConfig
 from ..errors import (
+    BadRequest,
     Overloaded,
     ProxyError,
     UpstreamAborted,
@@ -45,7 +46,10 @@ class Upstream:
         }
 
     def _parse(self, target: str) -> httpx.URL:
-        url = httpx.URL(self._config.upstream + target)
+        try:
+            url = httpx.URL(self._config.upstream + target)
+        except httpx.InvalidURL:
+            raise BadRequest("The target is too long for a URL, or is none.") from None
         # Targets are checked before; this is the last look before the token goes out.
         if (url.scheme, url.netloc, url.userinfo) != (self._origin.scheme, self._origin.netloc, b""):
             raise UpstreamFailed()
