@@ -19,7 +19,7 @@ OUTCOMES = {
     "upstream_error",
     "upstream_timeout",
 }
-TREE = [ProxyError, *ProxyError.__subclasses__()]
+TREE: list[type[ProxyError]] = [ProxyError, *ProxyError.__subclasses__()]
 
 
 @pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)

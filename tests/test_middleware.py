@@ -65,6 +65,27 @@ async def test_excluded_paths_stay_the_host_s(upstream: RawUpstream) -> None:
         assert (await call(app, http_scope(target=target))).content == whose
 
 
+@pytest.mark.parametrize(
+    ("target", "root_path", "ours"),
+    [
+        ("/api/v1/x", "/api", True),
+        ("/v1/x", "/api", True),
+        ("/v1/x", None, True),
+        ("/api/v1beta", "/api", False),
+        ("/api/v1/x", "/ap", False),
+    ],
+)
+async def test_below_a_root_path(upstream: RawUpstream, target: str, root_path: str | None, ours: bool) -> None:
+    caller = await call(proxy(upstream.url), http_scope(target=target, root_path=root_path))
+    assert caller.content == (b"{}" if ours else b"host")
+
+
+async def test_a_prefix_that_is_percent_encoded(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url, options={"prefix": "/a%20b"})
+    assert (await call(app, http_scope(target="/a%20b/x"))).content == b"{}"
+    assert (await call(app, http_scope(target="/a%20bc"))).content == b"host"
+
+
 async def test_another_prefix(upstream: RawUpstream) -> None:
     app = proxy(upstream.url, options={"prefix": "/replicate/v1"})
     assert (await call(app, http_scope(target="/v1/x"))).content == b"host"

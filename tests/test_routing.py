@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from replicate_proxy_mw import routing
 from replicate_proxy_mw.errors import BadRequest, MethodNotAllowed, ProxyError
-from replicate_proxy_mw.operations import OPERATIONS
+from replicate_proxy_mw.operations import OPERATIONS, Operation
 from tests.raw_asgi import http_scope
 
 
@@ -49,7 +49,7 @@ def test_a_scope_without_raw_path_and_root_path() -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.id)
-def test_every_operation_is_found(operation: routing.Operation) -> None:
+def test_every_operation_is_found(operation: Operation) -> None:
     path = operation.path.replace("{", "an-").replace("}", "")
     route = routing.match(operation.method, path)
     assert (route.template, route.operation, route.details) == (operation.path, operation.id, operation)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import anyio
 
@@ -62,6 +64,7 @@ class ReplicateProxyMiddleware:
         self.app = app
         self._config = config = config or ProxyConfig()
         self._prefix = config.prefix
+        self._may_be_ours = re.compile(re.escape(unquote(config.prefix)) + r"(?:/|\Z)").match
         self._key_resolver = key_resolver
         self._forward_headers = frozenset(name.lower().encode() for name in config.forward_headers)
         self._telemetry = Telemetry(
@@ -78,7 +81,10 @@ class ReplicateProxyMiddleware:
     # A plain function that returns a coroutine would be taken for ASGI 2 by uvicorn and hypercorn.
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            if self._prefix in scope["path"] and (path := self._claim(scope)) is not None:
+            # A quick no for the host's own requests, each of which passes here: the decoded path says enough for that.
+            path, root = scope["path"], scope.get("root_path")
+            start = len(root) if root and path.startswith(root) else 0
+            if self._may_be_ours(path, start) and (path := self._claim(scope)) is not None:
                 await self._exchange(scope, path, RequestBody(receive), Reply(send, method=scope["method"]))
                 return
         elif scope["type"] == "lifespan":

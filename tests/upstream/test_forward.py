@@ -218,7 +218,7 @@ async def test_an_answer_that_a_transport_should_not_have_given(status: int, hea
 
     class Stream(httpx.AsyncByteStream):
         def __aiter__(self) -> AsyncIterator[bytes]:
-            return Chunks([])  # type: ignore[return-value]
+            return Chunks([])
 
         async def aclose(self) -> None:
             closed.append(True)
