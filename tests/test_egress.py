@@ -31,6 +31,18 @@ async def test_chunks_leave_one_by_one() -> None:
     assert (reply.status, reply.size, reply.complete, caller.complete) == (200, 3, True, True)
 
 
+async def test_a_middleware_around_us_may_add_headers() -> None:
+    messages = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"].append((b"x-frame-options", b"DENY"))
+        messages.append(message)
+
+    await Reply(send, method="GET").relay(_response(b"a"))
+    assert messages[0]["headers"] == [(b"etag", b"1"), (b"x-frame-options", b"DENY")]
+
+
 async def test_an_answer_to_head_has_no_body() -> None:
     caller = Caller()
     await _reply(caller, "HEAD").relay(_response(b"a"))

@@ -118,6 +118,23 @@ async def test_work_is_dropped_when_the_caller_leaves() -> None:
     assert cleaned_up
 
 
+async def test_what_fails_because_the_caller_left_is_the_caller_s_leaving() -> None:
+    caller = Caller([b"a", b"b"])
+    body = _body(caller)
+    await body.begin()
+    caller.left.set()
+
+    async def relay() -> None:
+        try:
+            async for _ in body:
+                pass
+        except ClientDisconnected:
+            raise ZeroDivisionError from None
+
+    with pytest.raises(ClientDisconnected):
+        await while_connected(body, relay, ending=_not_yet)
+
+
 async def test_work_that_is_ending_is_left_to_its_end() -> None:
     caller = Caller()
     body = _body(caller)

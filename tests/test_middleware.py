@@ -223,6 +223,7 @@ async def test_a_resolver_that_fails(upstream: RawUpstream, caplog: pytest.LogCa
 
     caller = await call(proxy(upstream.url, key_resolver=resolver), http_scope("POST"))
     assert (caller.status, _error(caller)["error"]["code"]) == (503, "resolver_failed")
+    assert caller.header(b"retry-after") == [b"1"]
     assert "hunter2" not in caplog.text + caller.content.decode()
     assert not upstream.connections
 
@@ -278,6 +279,18 @@ async def test_a_body_that_no_header_announces(upstream: RawUpstream) -> None:
     assert (whole.body, whole.header(b"content-length")) == (b"abc", [b"3"])
     assert chunked.header(b"transfer-encoding") == [b"chunked"]
     assert chunked.body == b"3\r\nabc\r\n3\r\ndef\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(("length", "body"), [(b"2", [b"abc"]), (b"4", [b"abc"]), (b"4", [b"ab", b"c"])])
+async def test_a_body_that_does_not_have_its_length(upstream: RawUpstream, length: bytes, body: list[bytes]) -> None:
+    def script(connection: Connection) -> None:
+        if connection.head():
+            connection.wait_closed()
+
+    upstream.script = script
+    caller = await call(proxy(upstream.url), http_scope("POST", headers=[KEY, (b"content-length", length)]), *body)
+    assert (caller.status, _error(caller)["error"]["code"]) == (400, "bad_request")
+    assert not upstream.requests
 
 
 async def test_an_encoded_answer_stays_as_it_is(upstream: RawUpstream) -> None:

@@ -38,7 +38,7 @@ class Reply:
         start: HTTPResponseStartEvent = {
             "type": "http.response.start",
             "status": response.status,
-            "headers": response.headers,
+            "headers": list(response.headers),  # a list, since middleware around us may append to it
             "trailers": False,
         }
         try:

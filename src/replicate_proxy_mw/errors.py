@@ -28,6 +28,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 # A 401 has to say how to authenticate (RFC 9110, section 15.5.2).
 _CHALLENGE = ((b"www-authenticate", b"Bearer"),)
+_SOON = ((b"retry-after", b"1"),)
 
 
 class ProxyError(Exception):
@@ -129,6 +130,9 @@ class ResolverFailed(ProxyError):
     outcome = "resolver_error"
     message = "The key of this request could not be looked up; try again."
 
+    def __init__(self) -> None:
+        super().__init__(headers=_SOON)
+
 
 class Overloaded(ProxyError):
     status = 503
@@ -137,7 +141,7 @@ class Overloaded(ProxyError):
     message = "All connections to Replicate are in use; nothing was sent, try again."
 
     def __init__(self) -> None:
-        super().__init__(headers=((b"retry-after", b"1"),))
+        super().__init__(headers=_SOON)
 
 
 class UpstreamTimeout(ProxyError):

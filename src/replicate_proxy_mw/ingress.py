@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from .errors import ClientDisconnected
+from .errors import BadRequest, ClientDisconnected
 
 if TYPE_CHECKING:
     from asgiref.typing import ASGIReceiveCallable
@@ -27,6 +27,7 @@ class RequestBody:
 
     def __init__(self, receive: ASGIReceiveCallable) -> None:
         self._receive = receive
+        self._declared: int | None = None
         self._first = b""
         self._more = True
         self._handed_over = anyio.Event()
@@ -34,12 +35,17 @@ class RequestBody:
         self.disconnected = False
         self.failure: Exception | None = None
 
-    async def begin(self) -> None:
+    async def begin(self, declared: int | None = None) -> None:
         """Read the first message, which alone tells whether there is a body: over HTTP/2 no header has to.
 
+        Args:
+            declared: the length in bytes that a header announced.
+
         Raises:
+            BadRequest: the body has another length, here or further on: upstream never gets it whole.
             ClientDisconnected: there is nobody to read from.
         """
+        self._declared = declared
         self._first = await self._next()
 
     @property
@@ -72,7 +78,12 @@ class RequestBody:
             self.hand_over()
         chunk = message.get("body", b"")
         self.size += len(chunk)
+        if self._declared is not None and not self._fits(self._declared):
+            raise BadRequest("The body is longer or shorter than its content-length.")
         return chunk
+
+    def _fits(self, declared: int) -> bool:
+        return self.size <= declared if self._more else self.size == declared
 
     def hand_over(self) -> None:
         """Let `departure` read on: the body is at its end, or upstream has answered and nobody wants the rest."""
@@ -125,7 +136,7 @@ async def while_connected(
         tasks.start_soon(run)
         tasks.start_soon(watch)
 
+    if body.disconnected and not done:
+        raise ClientDisconnected()
     if failures:
         raise failures.pop()
-    if not done:
-        raise ClientDisconnected()

@@ -157,7 +157,7 @@ class ReplicateProxyMiddleware:
             seconds=self._config.resolver_timeout,
         )
         span.tenant(key.tenant)
-        await body.begin()
+        await body.begin(declared)
         return ProxyRequest(
             method=scope["method"],
             target=target,

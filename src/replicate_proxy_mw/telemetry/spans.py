@@ -65,7 +65,7 @@ class Telemetry:
         if span.is_recording():
             span.set_attributes(attributes.of_scope(scope) | attributes.of_route(route))
         observed = RequestSpan(span)
-        _above.set(observed)
+        above = _above.set(observed)
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):
             try:
                 yield observed
@@ -75,6 +75,7 @@ class Telemetry:
             finally:
                 observed.finish()
                 span.end()
+                _above.reset(above)
 
     def _caller(self, scope: Mapping[str, Any]) -> tuple[Context | None, tuple[Link, ...]]:
         """The caller's own span, as a parent or as a link, as far as it is trusted."""

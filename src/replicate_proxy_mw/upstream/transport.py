@@ -13,7 +13,7 @@ class BoundedTransport(httpx.AsyncBaseTransport):
     """httpx's transport, bounded in front of its pool instead of inside it.
 
     httpcore loses a slot of its pool for good when a request is cancelled while it queues for a connection
-    (encode/httpcore#830), and a proxy cancels whenever a caller leaves: so its pool is unbounded and nobody queues in it.
+    (encode/httpcore#830), and a proxy cancels whenever a caller leaves: so its pool has no bound and no queue.
     The process environment is not read: proxies and certificates from there would steer the token's way.
 
     Args:
