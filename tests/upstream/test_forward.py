@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -149,10 +148,8 @@ async def test_a_failure_before_the_answer(upstream: RawUpstream, script: Any, e
     with pytest.raises(error) as raised:
         await _exchange(_to(upstream, read_timeout=0.2), _request("POST"))
     assert len(upstream.requests) == 1
-    report = traceback.TracebackException.from_exception(raised.value)
-    assert report.exc_type is error
-    assert report.__context__ is None
-    assert report.__cause__ is None
+    # The transport's own exception may hold headers, so it is not even the context of ours.
+    assert raised.value.__context__ is None
 
 
 def _cut(connection: Connection) -> None:
