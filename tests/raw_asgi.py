@@ -19,6 +19,11 @@ KEY = (b"x-portkey-api-key", b"pk-team-a")
 
 async def host(scope: Any, receive: Any, send: Any) -> None:
     """A host that answers everything with its own name."""
+    if scope["type"] == "lifespan":
+        while (message := await receive())["type"] != "lifespan.shutdown":
+            await send({"type": message["type"] + ".complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
     await send({"type": "http.response.body", "body": b"host"})
 

@@ -114,7 +114,7 @@ def test_fact_3_a_departure_is_seen_at_receive(upstream: RawUpstream, phase: str
         connection.wait_closed()
 
     upstream.script = script
-    with serve(ReplicateProxyMiddleware(host, **_keywords(upstream.url)), lifespan="off") as served:
+    with serve(ReplicateProxyMiddleware(host, **_keywords(upstream.url))) as served:
         address = httpx.URL(served.url)
         with socket.create_connection((address.host, address.port)) as caller:
             length = b"100" if phase == "uploading" else b"1"

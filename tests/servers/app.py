@@ -3,19 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from tests.raw_asgi import host, proxy
+from tests.raw_asgi import proxy
 
-
-async def _host(scope: Any, receive: Any, send: Any) -> None:
-    if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
-    await host(scope, receive, send)
-
-
-app = proxy(os.environ["UPSTREAM"], app=_host)
+app = proxy(os.environ["UPSTREAM"])
