@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.drivers import require
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Answers as Python would, as far as `scripts/setup` asks, and writes down each `-m`.
@@ -158,8 +160,7 @@ def demo(tmp_path: Path, *, path: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("curl", [True, False])
 def test_the_demo_shows_every_call_with_its_tree(tmp_path: Path, curl: bool) -> None:
-    if curl and not shutil.which("curl"):
-        pytest.skip("no cURL here")
+    require("curl" if curl else None)
     with demo(tmp_path, path=os.environ["PATH"] if curl else str(tmp_path)) as process:
         shown, _ = process.communicate(timeout=50)
     assert process.returncode == 0, shown
