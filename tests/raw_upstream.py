@@ -48,18 +48,20 @@ class Connection:
         return head
 
     def request(self) -> Received | None:
-        """Read one whole request, None when there is none any more."""
+        """Read one whole request, None when there is none any more, or only a part of one."""
         head = self.head()
         if not head:
             return None
         received = Received(head, b"")
         if received.header(b"transfer-encoding") == [b"chunked"]:
-            while b"0\r\n\r\n" not in self.buffer and self._more():
-                pass
+            while b"0\r\n\r\n" not in self.buffer:
+                if not self._more():
+                    return None
             received.body, self.buffer = self.buffer, b""
         for length in received.header(b"content-length"):
-            while len(self.buffer) < int(length) and self._more():
-                pass
+            while len(self.buffer) < int(length):
+                if not self._more():
+                    return None
             received.body, self.buffer = self.buffer[: int(length)], self.buffer[int(length) :]
         self.upstream.requests.append(received)
         return received

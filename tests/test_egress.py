@@ -60,6 +60,15 @@ async def test_a_server_that_says_the_caller_left() -> None:
     assert not reply.complete
 
 
+async def test_an_error_of_the_body_is_not_the_caller_s_leaving() -> None:
+    class Failing(Chunks):
+        async def __anext__(self) -> bytes:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        await _reply(Caller()).relay(ProxyResponse(status=200, headers=(), body=Failing([])))
+
+
 async def test_a_body_that_is_cut_is_not_ended() -> None:
     class Cut(Chunks):
         async def __anext__(self) -> bytes:

@@ -36,6 +36,7 @@ def test_codes_are_told_apart() -> None:
 def test_a_reason_replaces_the_text() -> None:
     assert PermissionDenied("only team-a may").message == "only team-a may"
     assert str(PermissionDenied()) == PermissionDenied.message
+    assert PermissionDenied(ValueError("x")).message == "x"  # type: ignore[arg-type]
 
 
 def test_when_to_come_back() -> None:

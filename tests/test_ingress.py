@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import pytest
 
-from replicate_proxy_mw.errors import ClientDisconnected
-from replicate_proxy_mw.ingress import RequestBody, while_connected
+from replicate_proxy_mw.errors import BadRequest, ClientDisconnected, ProxyError
+from replicate_proxy_mw.ingress import AHEAD, RequestBody, while_connected
 from tests.raw_asgi import Caller
 
 pytestmark = pytest.mark.anyio
@@ -17,8 +20,23 @@ def _body(caller: Caller) -> RequestBody:
     return RequestBody(receive)
 
 
+async def _all(body: RequestBody) -> list[bytes]:
+    return [chunk async for chunk in body]
+
+
 def _not_yet() -> bool:
     return False
+
+
+@asynccontextmanager
+async def _watched(body: RequestBody, *, declared: int | None = None) -> AsyncIterator[None]:
+    """The body begun, and watched as long as the block lasts."""
+    await body.begin(declared)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(body.watch)
+            yield
+            tasks.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(
@@ -26,9 +44,9 @@ def _not_yet() -> bool:
 )
 async def test_the_body_comes_as_it_was_sent(sent: list[bytes], whole: int | None) -> None:
     body = _body(Caller(list(sent)))
-    await body.begin()
-    assert body.whole == whole
-    assert [chunk async for chunk in body] == [chunk for chunk in sent if chunk]
+    async with _watched(body):
+        assert body.whole == whole
+        assert [chunk async for chunk in body] == [chunk for chunk in sent if chunk]
     assert body.size == len(b"".join(sent))
 
 
@@ -42,40 +60,78 @@ async def test_a_caller_who_left_before_the_body() -> None:
 
 
 async def test_a_caller_who_leaves_within_the_body() -> None:
-    caller = Caller([b"a", b"b", b"c"])
+    caller = Caller([b"a"] * 10)
     body = _body(caller)
-    await body.begin()
-    assert await anext(body) == b"a"
-    caller.left.set()
-    with pytest.raises(ClientDisconnected):
-        await anext(body)
-    with pytest.raises(StopAsyncIteration):
-        await anext(body)
+    async with _watched(body):
+        caller.left.set()
+        with pytest.raises(ClientDisconnected):
+            await _all(body)
 
 
-async def test_the_watcher_waits_for_the_body_s_end() -> None:
+async def test_a_few_messages_are_read_ahead_and_no_more() -> None:
+    caller = Caller([b"a"] * 10)
+    body = _body(caller)
+    async with _watched(body):
+        await anyio.wait_all_tasks_blocked()
+        assert caller.received == AHEAD
+        assert await anext(aiter(body)) == b"a"
+        await anyio.wait_all_tasks_blocked()
+        assert caller.received == AHEAD + 1
+
+
+async def test_a_caller_is_watched_before_anyone_reads_the_body() -> None:
     caller = Caller([b"a", b"b"])
     body = _body(caller)
-    await body.begin()
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(body.departure)
+    async with _watched(body):
         await anyio.wait_all_tasks_blocked()
-        assert caller.received == 1
-        assert [chunk async for chunk in body] == [b"a", b"b"]
-        await anyio.wait_all_tasks_blocked()
-        assert caller.received == 3
         caller.left.set()
-    assert body.disconnected
+        await anyio.wait_all_tasks_blocked()
+        assert body.disconnected
 
 
 async def test_a_rest_that_nobody_wants_is_read_away() -> None:
-    caller = Caller([b"a", b"b", b"c"])
+    caller = Caller([b"a"] * 10)
     body = _body(caller)
-    await body.begin()
-    body.hand_over()
-    caller.left.set()
-    await body.departure()
-    assert body.disconnected
+    async with _watched(body):
+        body.abandon()
+        await anyio.wait_all_tasks_blocked()
+        assert caller.received == 11
+        with pytest.raises(ClientDisconnected):
+            await anext(aiter(body))
+
+
+async def test_a_body_is_read_once(caplog: pytest.LogCaptureFixture) -> None:
+    body = _body(Caller([b"a", b"b", b"c"]))
+    async with _watched(body):
+        first, second = aiter(body), aiter(body)
+        assert await anext(first) == b"a"
+        with pytest.raises(ProxyError):
+            await anext(second)
+        assert [chunk async for chunk in first] == [b"b", b"c"]
+        with pytest.raises(ProxyError):
+            await anext(aiter(body))
+    assert "read twice" in caplog.text
+
+
+async def test_an_empty_body_is_read_as_often_as_one_likes() -> None:
+    body = _body(Caller())
+    async with _watched(body):
+        for _ in range(2):
+            assert [chunk async for chunk in body] == []
+
+
+@pytest.mark.parametrize("declared", [1, 3])
+async def test_a_whole_body_that_does_not_have_its_length(declared: int) -> None:
+    with pytest.raises(BadRequest):
+        await _body(Caller([b"ab"])).begin(declared)
+
+
+@pytest.mark.parametrize("declared", [2, 4])
+async def test_a_body_that_turns_out_not_to_have_its_length(declared: int) -> None:
+    body = _body(Caller([b"a", b"b", b"c"]))
+    async with _watched(body, declared=declared):
+        with pytest.raises(BadRequest):
+            await _all(body)
 
 
 async def test_work_that_gets_done() -> None:
@@ -90,13 +146,14 @@ async def test_work_that_gets_done() -> None:
     assert done
 
 
-async def test_work_that_fails_fails_bare() -> None:
+@pytest.mark.parametrize("failure", [ZeroDivisionError, SystemExit])
+async def test_work_that_fails_fails_bare(failure: type[BaseException]) -> None:
     body = _body(Caller())
 
     async def relay() -> None:
-        raise ZeroDivisionError
+        raise failure
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(failure):
         await while_connected(body, relay, ending=_not_yet)
 
 
@@ -119,17 +176,16 @@ async def test_work_is_dropped_when_the_caller_leaves() -> None:
 
 
 async def test_what_fails_because_the_caller_left_is_the_caller_s_leaving() -> None:
-    caller = Caller([b"a", b"b"])
+    caller = Caller()
     body = _body(caller)
     await body.begin()
-    caller.left.set()
 
     async def relay() -> None:
+        caller.left.set()
         try:
-            async for _ in body:
-                pass
-        except ClientDisconnected:
-            raise ZeroDivisionError from None
+            await anyio.sleep_forever()
+        finally:
+            raise ZeroDivisionError
 
     with pytest.raises(ClientDisconnected):
         await while_connected(body, relay, ending=_not_yet)
@@ -161,20 +217,23 @@ async def test_a_host_that_refuses_the_rest_of_an_upload_does_not_stop_the_answe
     class TooLarge(Exception):
         pass
 
+    abandoned = anyio.Event()
     messages = [{"type": "http.request", "body": b"a", "more_body": True}]
 
     async def receive() -> Any:
         if messages:
             return messages.pop()
+        await abandoned.wait()
         raise TooLarge
 
     body = RequestBody(receive)
     await body.begin()
-    body.hand_over()
     answered = []
 
     async def relay() -> None:
-        await anyio.sleep(0.01)
+        body.abandon()
+        abandoned.set()
+        await anyio.wait_all_tasks_blocked()
         answered.append(True)
 
     await while_connected(body, relay, ending=_not_yet)
@@ -182,11 +241,33 @@ async def test_a_host_that_refuses_the_rest_of_an_upload_does_not_stop_the_answe
     assert body.failure is None
 
 
-async def test_what_the_host_raises_while_the_body_is_read_is_kept() -> None:
+async def test_what_the_host_raises_while_the_body_is_wanted_is_kept() -> None:
+    messages = [{"type": "http.request", "body": b"a", "more_body": True}]
+
     async def receive() -> Any:
+        if messages:
+            return messages.pop()
         raise ZeroDivisionError
 
     body = RequestBody(receive)
-    with pytest.raises(ZeroDivisionError):
-        await body.begin()
+    async with _watched(body):
+        with pytest.raises(ZeroDivisionError):
+            await _all(body)
     assert isinstance(body.failure, ZeroDivisionError)
+
+
+def test_a_task_that_work_waited_for_and_that_was_cancelled_is_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        body = _body(Caller())
+        await body.begin()
+        shared = asyncio.ensure_future(asyncio.sleep(10))
+        shared.cancel()
+
+        async def relay() -> None:
+            await shared
+
+        with pytest.raises(ProxyError):
+            await while_connected(body, relay, ending=_not_yet)
+
+    asyncio.run(main())
+    assert "cancelled by what it waited for" in caplog.text

@@ -138,6 +138,16 @@ def test_the_plugin_takes_the_middleware_s_keywords(
     assert [span.name for span in exporter.get_finished_spans()] == ["GET /v1/{path}", "GET /replicate/{path}"]
 
 
+def test_below_a_path_of_the_app_s_own(upstream: RawUpstream) -> None:
+    plugin = _plugin(upstream.url, options={"exclude": ["/v1/mine"]})
+    with serve(Litestar([own], path="/api", plugins=[plugin], logging_config=None)) as served:
+        assert httpx.get(served.url + "/api/v1/own").text == "own"
+        assert httpx.get(served.url + "/api/v1/x", headers=HEADERS).json() == {}
+        assert httpx.get(served.url + "/api/v1/mine", headers=HEADERS).status_code == 404
+        assert httpx.get(served.url + "/v1/x", headers=HEADERS).status_code == 404
+    assert [received.line for received in upstream.requests] == [b"GET /v1/x HTTP/1.1"]
+
+
 def test_the_prefix_has_to_be_there() -> None:
     with pytest.raises(ImproperlyConfiguredException, match="prefix"):
         _app("http://127.0.0.1:1", options={"prefix": ""})

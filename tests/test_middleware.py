@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextvars
 import json
 import logging
 from collections.abc import AsyncIterable
@@ -19,8 +20,9 @@ from replicate_proxy_mw import (
     StaticKeyResolver,
 )
 from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted
+from replicate_proxy_mw.exchange import Chunks
 from tests.raw_asgi import KEY, TOKEN, Caller, call, host, http_scope, proxy
-from tests.raw_upstream import Connection, RawUpstream
+from tests.raw_upstream import Connection, RawUpstream, answer_all
 
 pytestmark = pytest.mark.anyio
 
@@ -601,7 +603,7 @@ async def test_a_layer_that_fails_is_answered_for(upstream: RawUpstream, caplog:
     with caplog.at_level(logging.ERROR):
         caller = await call(proxy(upstream.url, layers=[layer]), http_scope("POST"))
     assert (caller.status, _error(caller)["error"]["code"]) == (500, "internal_error")
-    assert caplog.messages == ["a layer failed: ZeroDivisionError"]
+    assert caplog.messages == ["request failed: ZeroDivisionError"]
     assert not upstream.connections
 
 
@@ -625,6 +627,119 @@ async def test_a_layer_that_refuses_within_an_answer_cuts_it(upstream: RawUpstre
         await caller.call(app, http_scope())
     assert not caller.complete
     await app.aclose()
+
+
+async def _whole(response: ProxyResponse) -> bytes:
+    return b"".join([chunk async for chunk in response.body])
+
+
+def buffering(forward: Forward) -> Forward:
+    """A layer that reads the whole answer and puts another in its place, without closing the first."""
+
+    async def buffered(request: ProxyRequest) -> ProxyResponse:
+        response = await forward(request)
+        return ProxyResponse(status=response.status, headers=(), body=Chunks([await _whole(response)]))
+
+    return buffered
+
+
+def _within(connection: Connection) -> None:
+    connection.request()
+    connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nabc")
+    connection.upstream.ready.set()
+    connection.wait_closed()
+
+
+async def test_a_layer_that_keeps_an_answer_open_keeps_no_connection(upstream: RawUpstream) -> None:
+    upstream.script = _within
+    app = proxy(upstream.url, layers=[buffering], options={"max_connections": 1, "connection_wait": 0.05})
+    for _ in range(3):
+        caller = Caller()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(caller.call, app, http_scope())
+            await anyio.to_thread.run_sync(upstream.ready.wait, 2)
+            upstream.ready.clear()
+            caller.left.set()
+    upstream.script = answer_all
+    assert (await call(app, http_scope())).content == b"{}"
+
+
+async def test_a_layer_may_close_what_it_replaces(upstream: RawUpstream) -> None:
+    def layer(forward: Forward) -> Forward:
+        async def closing(request: ProxyRequest) -> ProxyResponse:
+            response = await forward(request)
+            body = await _whole(response)
+            await response.aclose()
+            return replace(response, body=Chunks([body]))
+
+        return closing
+
+    assert (await call(proxy(upstream.url, layers=[layer]), http_scope())).content == b"{}"
+
+
+async def test_an_answer_that_is_cut_within_a_layer_is_a_failure_that_can_be_told(upstream: RawUpstream) -> None:
+    upstream.script = _cut
+    caller = await call(proxy(upstream.url, layers=[buffering]), http_scope("POST"))
+    assert (caller.status, _error(caller)["error"]["code"]) == (502, "upstream_failed")
+    assert caller.header(b"x-should-retry") == [b"false"]
+
+
+async def test_a_layer_that_sends_a_body_twice_sends_it_once(upstream: RawUpstream) -> None:
+    def layer(forward: Forward) -> Forward:
+        async def twice(request: ProxyRequest) -> ProxyResponse:
+            await forward(request)
+            return await forward(request)
+
+        return twice
+
+    caller = await call(proxy(upstream.url, layers=[layer]), http_scope("POST"), b"abc", b"def")
+    assert (caller.status, _error(caller)["error"]["code"]) == (500, "internal_error")
+    assert len(upstream.requests) == 1
+    assert (await call(proxy(upstream.url, layers=[layer]), http_scope("DELETE"))).status == 200
+
+
+async def test_an_error_on_closing_is_nobody_s_concern(upstream: RawUpstream, caplog: pytest.LogCaptureFixture) -> None:
+    def layer(forward: Forward) -> Forward:
+        async def odd(request: ProxyRequest) -> ProxyResponse:
+            async def aclose() -> None:
+                raise ZeroDivisionError("hunter2")
+
+            return replace(await forward(request), aclose=aclose)
+
+        return odd
+
+    caller = await call(proxy(upstream.url, layers=[layer]), http_scope())
+    assert (caller.status, caller.complete) == (200, True)
+    assert caplog.messages == ["closing an answer failed: ZeroDivisionError"]
+
+
+async def test_what_send_raises_carries_nothing_along(upstream: RawUpstream) -> None:
+    class Hosts(Exception):
+        pass
+
+    async def send(message: Any) -> None:
+        raise Hosts
+
+    with pytest.raises(Hosts) as raised:
+        await proxy(upstream.url)(http_scope(headers=[]), Caller().receive, send)
+    assert raised.value.__context__ is None
+
+
+async def test_a_layer_that_leaves_the_context_is_served_all_the_same(upstream: RawUpstream) -> None:
+    def layer(forward: Forward) -> Forward:
+        async def elsewhere(request: ProxyRequest) -> ProxyResponse:
+            answered: list[ProxyResponse] = []
+
+            async def run() -> None:
+                answered.append(await forward(request))
+
+            async with anyio.create_task_group() as tasks:
+                contextvars.Context().run(tasks.start_soon, run)
+            return answered[0]
+
+        return elsewhere
+
+    assert (await call(proxy(upstream.url, layers=[layer]), http_scope())).content == b"{}"
 
 
 async def test_a_request_shows_no_secret(upstream: RawUpstream) -> None:

@@ -81,6 +81,7 @@ def test_texts_are_cut() -> None:
         (b"[1]", None, True),
         (b"{", None, True),
         (b"[" * 4000, None, True),
+        (b'{"a":' + b"[" * 2000 + b"]" * 2000 + b"}", None, True),
         (b'{"a": ' + b"9" * 4080 + b"}", {"a": "9" * 256}, False),
         (b'{"a": "' + b"x" * 5000 + b'"}', None, True),
     ],
@@ -94,6 +95,11 @@ def test_metadata_keeps_its_first_32_keys() -> None:
     content = {str(i): "v" for i in range(40)}
     metadata = portkey.read([(b"x-portkey-metadata", json.dumps(content).encode())]).metadata
     assert metadata == {str(i): "v" for i in range(32)}
+
+
+@pytest.mark.parametrize("depth", range(900, 1000))
+def test_metadata_that_is_just_too_deep_fails_no_request(depth: int) -> None:
+    portkey.read([(b"x-portkey-metadata", b'{"a":' + b"[" * depth + b"]" * depth + b"}")])
 
 
 @given(st.binary(max_size=200))

@@ -35,6 +35,11 @@ def test_an_empty_prefix_holds_everything() -> None:
         (b"/api/v1/x", "/api/v1/x", "/api", "/v1/x"),
         (b"/v1/x", "/v1/x", "/api", "/v1/x"),
         (b"/apiv1/x", "/apiv1/x", "/api", "/apiv1/x"),
+        (b"/v1/x", "/v1/x", "/", "/v1/x"),
+        # the root path is decoded, the raw path is not
+        (b"/my%20app/v1/x", "/my app/v1/x", "/my app", "/v1/x"),
+        (b"/%61pi/v1/a%2Fb", "/api/v1/a/b", "/api", "/v1/a%2Fb"),
+        (b"/a%2Fb/v1/x", "/a/b/v1/x", "/a", "/a%2Fb/v1/x"),
         # an outer middleware that rewrote the path alone
         (b"/old/x", "/v1/x", "", "/v1/x"),
         (b"/old/a%20b", "/v1/a b", "", "/v1/a%20b"),
@@ -61,6 +66,24 @@ def test_head_is_its_get() -> None:
     assert routing.match("HEAD", "/predictions/p1").operation == "predictions.get"
 
 
+@pytest.mark.parametrize(
+    ("path", "operation"),
+    [("/%70redictions", "predictions.create"), ("/predictions%2Fp1%2Fcancel", "predictions.cancel")],
+)
+def test_no_spelling_hides_an_operation(path: str, operation: str) -> None:
+    assert routing.match("POST", path).operation == operation
+
+
+def test_a_model_in_one_segment() -> None:
+    assert routing.match("GET", "/models/a%2Fb").params == {"model_owner": "a", "model_name": "b"}
+
+
+@pytest.mark.parametrize("method", ["trace", "post", "Get", "connect"])
+def test_methods_in_small_letters_are_refused(method: str) -> None:
+    with pytest.raises(BadRequest, match="capitals"):
+        routing.check(method, "/x", b"")
+
+
 def test_a_method_that_a_path_does_not_have() -> None:
     route = routing.match("PUT", "/predictions/p1")
     assert (route.template, route.operation, route.params) == (
@@ -71,7 +94,7 @@ def test_a_method_that_a_path_does_not_have() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["", "/", "/predictions/", "/predictions//cancel", "/models/a%2Fb", "/nope", "/a/b/c/d/e/f/g"]
+    "path", ["", "/", "/predictions/", "/predictions//cancel", "/models/a%252Fb", "/nope", "/a/b/c/d/e/f/g"]
 )
 def test_what_the_api_does_not_have(path: str) -> None:
     assert routing.match("GET", path) == routing.UNKNOWN

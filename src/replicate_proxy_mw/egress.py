@@ -8,7 +8,7 @@ from .errors import ClientDisconnected, ProxyError
 from .exchange import ProxyResponse
 
 if TYPE_CHECKING:
-    from asgiref.typing import ASGISendCallable, HTTPResponseStartEvent
+    from asgiref.typing import ASGISendCallable, HTTPResponseBodyEvent, HTTPResponseStartEvent
 
 
 class Reply:
@@ -41,18 +41,21 @@ class Reply:
             "headers": list(response.headers),  # a list, since middleware around us may append to it
             "trailers": False,
         }
+        self.status = response.status
+        await self._out(start)
+        if not self._bodiless:
+            async for chunk in response.body:
+                self.size += len(chunk)
+                await self._out({"type": "http.response.body", "body": chunk, "more_body": True})
+        self.ending = True
+        await self._out({"type": "http.response.body", "body": b"", "more_body": False})
+        self.complete = True
+
+    async def _out(self, message: HTTPResponseStartEvent | HTTPResponseBodyEvent) -> None:
         try:
-            self.status = response.status
-            await self._send(start)
-            if not self._bodiless:
-                async for chunk in response.body:
-                    self.size += len(chunk)
-                    await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-            self.ending = True
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._send(message)
         except OSError:
             raise ClientDisconnected() from None
-        self.complete = True
 
 
 def render(error: ProxyError, *, method: str, request_id: str, trace_id: str | None) -> ProxyResponse:
@@ -60,7 +63,8 @@ def render(error: ProxyError, *, method: str, request_id: str, trace_id: str | N
 
     `type`, `title`, `detail`, `status` and `instance` are Replicate's own (RFC 9457) and what its SDKs show; Portkey's
     Node SDK shows `message`, Portkey's for Python and OpenAI's show `error.message`. A trace id keeps Portkey's SDKs
-    from sending a create twice, `x-should-retry` keeps OpenAI's: the first may have been received.
+    from sending a create twice, `x-should-retry` keeps OpenAI's: the first may have been received, and where it was not
+    (503), whether to try again is for the caller to decide and not for its SDK.
     """
     content = {
         "title": error.code.replace("_", " ").capitalize(),

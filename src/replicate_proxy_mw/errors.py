@@ -14,10 +14,11 @@
     ├── Overloaded              503  overloaded
     └── UpstreamTimeout         504  upstream_timeout
 
-    UpstreamAborted             the status is out already: the caller's connection is cut
+    UpstreamAborted             the body of Replicate's answer was cut
 
-A `ProxyError` becomes an answer; layers and resolvers may raise one. `UpstreamAborted` leaves the
-middleware, so that the server truncates the answer instead of ending it as if it were complete.
+A `ProxyError` becomes an answer; layers and resolvers may raise one. Once a status is out there is no other answer
+to give: `UpstreamAborted` and whatever else happens then leave the middleware, so that the server truncates the answer
+instead of ending it as if it were complete.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class ProxyError(Exception):
     message = "The proxy failed to handle this request."
 
     def __init__(self, message: str | None = None, *, headers: Headers = ()) -> None:
-        super().__init__(message or self.message)
-        self.message = message or self.message
+        self.message = str(message or self.message)
+        super().__init__(self.message)
         self.headers = headers
 
 

@@ -7,11 +7,10 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field
 from typing import Any
 
+from .headers import HeaderList
 from .keys import ReplicateKey
 from .portkey import PortkeyContext
 from .routing import Route
-
-HeaderList = tuple[tuple[bytes, bytes], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +19,8 @@ class ProxyRequest:
 
     `headers` are those that may go up, lower-case, in the caller's order; the token is not among them:
     it is put in from `key` at the very last. `target` is path and query below the prefix, as the caller
-    sent them. `body` can be read once. `content_length` is None for a body of unknown length.
+    sent them. `body` can be read once, and only until there is an answer: a layer that reads it passes on what it read,
+    `replace(request, body=..., content_length=...)`. `content_length` is None for a body of unknown length.
     """
 
     method: str
@@ -33,6 +33,7 @@ class ProxyRequest:
     portkey: PortkeyContext
     scope: Mapping[str, Any] = field(repr=False)
     resend_count: int = 0
+    opened: list[ProxyResponse] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def operation(self) -> str | None:
@@ -46,7 +47,11 @@ async def _nothing_to_close() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProxyResponse:
-    """One answer on its way to the caller. `body` is read once, then `aclose` is called, whatever happened."""
+    """One answer on its way to the caller. `body` is read once.
+
+    When the exchange ends, `aclose` is called, whatever happened, and that of every answer that was had from Replicate
+    on the way: a layer may drop one, or put another body in its place.
+    """
 
     status: int
     headers: HeaderList

@@ -36,7 +36,8 @@ SINGLE = frozenset(
 # With "_" for "-" these reach some servers as the same field.
 _SPOOFABLE = UP | SINGLE | frozenset(b"authorization x-portkey-api-key transfer-encoding".split())
 
-_ILLEGAL = re.compile(rb"[\r\n\0]")
+# RFC 9110, section 5.5: control characters but the tab, and white space around a value.
+_ILLEGAL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]|^[ \t]|[ \t]$")
 
 
 def up(headers: Iterable[tuple[bytes, bytes]], extra: Collection[bytes] = ()) -> HeaderList:
@@ -44,7 +45,7 @@ def up(headers: Iterable[tuple[bytes, bytes]], extra: Collection[bytes] = ()) ->
 
     Raises:
         BadRequest: a single-valued header that comes twice, a name that poses with `_` as one that is read,
-            or a value with CR, LF or NUL.
+            or a value with a control character or with white space around it.
     """
     kept: list[tuple[bytes, bytes]] = []
     seen: set[bytes] = set()
@@ -60,8 +61,8 @@ def up(headers: Iterable[tuple[bytes, bytes]], extra: Collection[bytes] = ()) ->
             named += [token.strip().lower() for token in value.split(b",")]
         elif name in UP or name in extra:
             kept.append((name, value))
-    if _ILLEGAL.search(b" ".join([value for _, value in kept])):
-        raise BadRequest("A header value has a line break or NUL.")
+    if any(_ILLEGAL.search(value) for _, value in kept):
+        raise BadRequest("A header value has a control character, or white space around it.")
     return tuple(pair for pair in kept if pair[0] not in named) if named else tuple(kept)
 
 
@@ -73,22 +74,26 @@ def with_token(headers: HeaderList, key: ReplicateKey) -> list[tuple[bytes, byte
 def down(headers: Iterable[tuple[bytes, bytes]], status: int, extra: Collection[bytes] = ()) -> HeaderList:
     """Replicate's headers that the caller gets, lower-case, in order, two of one name still two.
 
-    A length is dropped where there is no body to have it (204, 304: uvicorn with httptools drops the connection).
+    A length is dropped where there is no body to have it (204, 304: uvicorn with httptools drops the connection), and
+    where the body came in chunks, whatever it says (RFC 9112, section 6.3).
 
     Raises:
-        UpstreamFailed: a value with CR, LF or NUL.
+        UpstreamFailed: a value with a control character or with white space around it.
     """
     kept: list[tuple[bytes, bytes]] = []
     named: list[bytes] = []
+    chunked = False
     for raw_name, value in headers:
         name = raw_name.lower()
         if name == b"connection":
             named += [token.strip().lower() for token in value.split(b",")]
+        elif name == b"transfer-encoding":
+            chunked = True
         elif name in DOWN or name.startswith(DOWN_PREFIXES) or name in extra:
             kept.append((name, value))
-    if _ILLEGAL.search(b" ".join([value for _, value in kept])):
+    if any(_ILLEGAL.search(value) for _, value in kept):
         raise UpstreamFailed()
-    if status in (204, 304):
+    if chunked or status in (204, 304):
         named.append(b"content-length")
     return tuple(pair for pair in kept if pair[0] not in named) if named else tuple(kept)
 
@@ -97,11 +102,11 @@ def length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
     """The caller's `content-length` in bytes, None where there is none.
 
     Raises:
-        BadRequest: not a number.
+        BadRequest: not a number, or one that no body has.
     """
     for name, value in headers:
         if name == b"content-length":
-            if not value.isdigit():
+            if not value.isdigit() or len(value) > 18:
                 raise BadRequest("The content-length header is not a number.")
             return int(value)
     return None

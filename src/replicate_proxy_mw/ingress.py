@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import anyio
 
-from .errors import BadRequest, ClientDisconnected
+from .errors import BadRequest, ClientDisconnected, ProxyError
 
 if TYPE_CHECKING:
     from asgiref.typing import ASGIReceiveCallable
 
+logger = logging.getLogger("replicate_proxy_mw")
+
+# Messages held while nobody takes them: so many a caller may have sent before its departure goes unnoticed.
+AHEAD = 2
+
 
 class RequestBody:
-    """The one reader of `receive()`: the body while it lasts, afterwards the disconnect watcher.
+    """The one reader of `receive()`, from the first message to the caller's departure.
 
     Two readers would steal each other's messages, and `send()` tells no server's app that the caller has left
-    (uvicorn, hypercorn and granian alike): only a pending `receive()` does.
+    (uvicorn, hypercorn and granian alike): only a pending `receive()` does. So `begin` reads the first message, `watch`
+    all others, and the body is iterated from what they have read. It can be iterated once.
 
     Attributes:
         size: bytes read so far.
@@ -28,9 +36,12 @@ class RequestBody:
     def __init__(self, receive: ASGIReceiveCallable) -> None:
         self._receive = receive
         self._declared: int | None = None
-        self._first = b""
+        self._chunks: deque[bytes] = deque()
         self._more = True
-        self._handed_over = anyio.Event()
+        self._reading: object | None = None
+        self._abandoned = False
+        self._changed = anyio.Event()
+        self._mismatch: BadRequest | None = None
         self.size = 0
         self.disconnected = False
         self.failure: Exception | None = None
@@ -42,59 +53,104 @@ class RequestBody:
             declared: the length in bytes that a header announced.
 
         Raises:
-            BadRequest: the body has another length, here or further on: upstream never gets it whole.
+            BadRequest: the body has another length. If that shows only later, the body fails with it: upstream never
+                gets one whole that is not as long as it was said to be.
             ClientDisconnected: there is nobody to read from.
         """
         self._declared = declared
-        self._first = await self._next()
+        await self._read()
+        if self.disconnected:
+            raise ClientDisconnected()
+        if self._mismatch is not None:
+            raise self._mismatch
 
     @property
     def whole(self) -> int | None:
         """The length in bytes of a body that came with the first message, else None."""
-        return None if self._more else len(self._first)
+        return None if self._more else self.size
 
-    def __aiter__(self) -> RequestBody:
-        return self
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _Reading(self)
 
-    async def __anext__(self) -> bytes:
-        chunk, self._first = self._first, b""
-        while not chunk:
+    async def take(self, reading: object) -> bytes:
+        """The next chunk for `reading`, which has to be the one that took the first."""
+        if self._reading is None:
+            self._reading = reading
+        elif self._reading is not reading and self.whole != 0:
+            logger.error(
+                "the body was read twice: a layer that reads it passes on what it read, replace(request, body=...)"
+            )
+            raise ProxyError()
+        while not self._chunks:
+            if self.failure is not None:
+                raise self.failure
+            if self._mismatch is not None:
+                raise self._mismatch
+            if self.disconnected or self._abandoned:
+                raise ClientDisconnected()
             if not self._more:
                 raise StopAsyncIteration
-            chunk = await self._next()
+            await self._changed.wait()
+        chunk = self._chunks.popleft()
+        self._notify()
         return chunk
 
-    async def _next(self) -> bytes:
+    def abandon(self) -> None:
+        """Upstream has answered: what is left of the body concerns nobody, and must not keep us from watching."""
+        self._abandoned = self._more
+        self._chunks.clear()
+        self._notify()
+
+    async def watch(self) -> bool:
+        """Read on until the caller has left: then True. False if the host does not let us read on."""
+        while not self.disconnected:
+            while self._more and len(self._chunks) >= AHEAD:
+                await self._changed.wait()
+            try:
+                await self._read()
+            except Exception:
+                return False
+        return True
+
+    async def _read(self) -> None:
         try:
             message = await self._receive()
         except Exception as error:
-            self.failure = error
+            # A limit on the rest of an upload that nobody reads is nobody's concern.
+            self.failure = None if self._abandoned else error
+            self._notify()
             raise
         if message["type"] != "http.request":
-            self._more, self.disconnected = False, True
-            raise ClientDisconnected()
-        self._more = message.get("more_body", False)
-        if not self._more:
-            self.hand_over()
-        chunk = message.get("body", b"")
-        self.size += len(chunk)
-        if self._declared is not None and not self._fits(self._declared):
-            raise BadRequest("The body is longer or shorter than its content-length.")
-        return chunk
+            self.disconnected = True
+        else:
+            chunk = message.get("body", b"")
+            self._more = message.get("more_body", False)
+            self.size += len(chunk)
+            if self._declared is not None and not self._fits(self._declared):
+                self._mismatch = BadRequest("The body is longer or shorter than its content-length.")
+            elif chunk and not self._abandoned:
+                self._chunks.append(chunk)
+        self._notify()
 
     def _fits(self, declared: int) -> bool:
         return self.size <= declared if self._more else self.size == declared
 
-    def hand_over(self) -> None:
-        """Let `departure` read on: the body is at its end, or upstream has answered and nobody wants the rest."""
-        self._handed_over.set()
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()
 
-    async def departure(self) -> None:
-        """Return when the caller has left; never before the body is handed over."""
-        await self._handed_over.wait()
-        while not self.disconnected:
-            message = await self._receive()
-            self.disconnected = message["type"] == "http.disconnect"
+
+class _Reading:
+    """One reading of a body."""
+
+    def __init__(self, body: RequestBody) -> None:
+        self._body = body
+
+    def __aiter__(self) -> _Reading:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await self._body.take(self)
 
 
 async def while_connected(
@@ -110,8 +166,9 @@ async def while_connected(
 
     Raises:
         ClientDisconnected: the caller left before `relay` was done.
+        ProxyError: `relay` was cancelled by something that it waited for.
     """
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     done = False
 
     async with anyio.create_task_group() as tasks:
@@ -121,22 +178,25 @@ async def while_connected(
             try:
                 await relay()
                 done = True
-            except Exception as error:
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:
                 failures.append(error)
-            tasks.cancel_scope.cancel()
+            finally:
+                tasks.cancel_scope.cancel()
 
         async def watch() -> None:
-            try:
-                await body.departure()
-            except Exception:  # a host's limit on the rest of an upload: nobody reads that rest
-                return
-            if not ending():
+            if await body.watch() and not ending():
                 tasks.cancel_scope.cancel()
 
         tasks.start_soon(run)
         tasks.start_soon(watch)
 
-    if body.disconnected and not done:
+    if done:
+        return
+    if body.disconnected:
         raise ClientDisconnected()
-    if failures:
-        raise failures.pop()
+    if not failures:
+        logger.error("request failed: a layer was cancelled by what it waited for")
+        raise ProxyError()
+    raise failures.pop()

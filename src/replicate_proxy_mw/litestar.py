@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -37,7 +38,7 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
             prefix but not at a segment (`/v1beta`): Litestar would hand its requests to the mount.
     """
 
-    __slots__ = ("_middleware", "_prefix")
+    __slots__ = ("_config", "_keywords", "_middleware", "_prefix")
 
     def __init__(
         self,
@@ -48,25 +49,33 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
         layers: Sequence[Layer] = (),
         tracer_provider: TracerProvider | None = None,
     ) -> None:
-        self._prefix = (config or ProxyConfig()).prefix
-        if not self._prefix:
+        self._config = config or ProxyConfig()
+        if not self._config.prefix:
             raise ImproperlyConfiguredException(
                 "a mount needs a prefix: wrap the app in ReplicateProxyMiddleware instead"
             )
-        self._middleware = ReplicateProxyMiddleware(
-            _not_ours,
-            key_resolver=key_resolver,
-            config=config,
-            transport=transport,
-            layers=layers,
-            tracer_provider=tracer_provider,
-        )
+        self._keywords: dict[str, Any] = {
+            "key_resolver": key_resolver,
+            "transport": transport,
+            "layers": layers,
+            "tracer_provider": tracer_provider,
+        }
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        # Litestar puts its own `path` before that of every route, the mount's too.
+        above = app_config.path.rstrip("/")
+        config = replace(
+            self._config,
+            prefix=above + self._config.prefix,
+            exclude=[above + path for path in self._config.exclude],
+        )
+        self._prefix = config.prefix
+        self._middleware = ReplicateProxyMiddleware(_not_ours, config=config, **self._keywords)
+
         async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
             await self._middleware({**scope, "path": self._path(scope)}, receive, send)
 
-        app_config.route_handlers.append(ASGIRouteHandler(self._prefix, is_mount=True, copy_scope=True)(proxy))
+        app_config.route_handlers.append(ASGIRouteHandler(self._config.prefix, is_mount=True, copy_scope=True)(proxy))
         app_config.lifespan.append(self._lifespan)
         return app_config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -14,8 +15,8 @@ import anyio
 from . import headers, portkey, routing
 from .config import ProxyConfig
 from .egress import Reply, render
-from .errors import KeyMissing, ProxyError, UpstreamAborted
-from .exchange import Layer, ProxyRequest
+from .errors import ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
+from .exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
 from .telemetry import RequestSpan, Telemetry
@@ -74,7 +75,7 @@ class ReplicateProxyMiddleware:
             tracer_provider=tracer_provider,
         )
         self._upstream = Upstream(config, transport)
-        self._forward = self._telemetry.attempts(self._upstream.forward)
+        self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
         for layer in reversed(layers):
             self._forward = layer(self._forward)
 
@@ -83,7 +84,7 @@ class ReplicateProxyMiddleware:
         if scope["type"] == "http":
             # A quick no for the host's own requests, each of which passes here: the decoded path says enough for that.
             path, root = scope["path"], scope.get("root_path")
-            start = len(root) if root and path.startswith(root) else 0
+            start = len(root) if root and path.startswith(root + "/") else 0
             if self._may_be_ours(path, start) and (path := self._claim(scope)) is not None:
                 await self._exchange(scope, path, RequestBody(receive), Reply(send, method=scope["method"]))
                 return
@@ -116,14 +117,17 @@ class ReplicateProxyMiddleware:
     async def _exchange(self, scope: Mapping[str, Any], path: str, body: RequestBody, reply: Reply) -> None:
         route = routing.match(scope["method"], path)
         with self._telemetry.request(scope, route) as span:
+            failure: Exception | None = None
             try:
                 request = await self._admit(scope, path, route, body, span)
                 relay = partial(self._relay, request, body, reply)
                 await while_connected(body, relay, ending=lambda: reply.ending)
-            except UpstreamAborted:
-                raise
             except Exception as error:
-                await self._refuse(error, scope, body, reply, span)
+                failure = error
+            try:
+                # Not within `except`: what the server's `send` raises would carry it along as its context.
+                if failure is not None:
+                    await self._refuse(failure, scope, body, reply, span)
             finally:
                 span.status, span.complete = reply.status, reply.complete
                 span.request_size, span.response_size = body.size, reply.size
@@ -171,13 +175,18 @@ class ReplicateProxyMiddleware:
         )
 
     async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply) -> None:
-        response = await self._forward(request)
         try:
-            body.hand_over()
+            response = await self._forward(request)
+            request.opened.append(response)
+            body.abandon()
             await reply.relay(response)
         finally:
             with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
-                await response.aclose()
+                for opened in reversed(request.opened):
+                    try:
+                        await opened.aclose()
+                    except Exception as error:  # the answer is complete, or something else is on its way out
+                        logger.warning("closing an answer failed: %s", type(error).__name__)
 
     async def _refuse(
         self, error: Exception, scope: Mapping[str, Any], body: RequestBody, reply: Reply, span: RequestSpan
@@ -185,14 +194,34 @@ class ReplicateProxyMiddleware:
         """Answer for `error`, or let it go where an answer is not ours to give or has begun already."""
         if body.failure is not None:
             raise body.failure
+        if reply.status is not None and not isinstance(error, ClientDisconnected):
+            raise error
+        if isinstance(error, UpstreamAborted):
+            error = UpstreamFailed()
         if not isinstance(error, ProxyError):
-            if reply.status is not None:
-                raise error
-            logger.error("a layer failed: %s", type(error).__name__)
+            logger.error("request failed: %s", type(error).__name__)
             error = ProxyError()
         span.refuse(error)
         if reply.status is None:
             # To a caller who has left, too: a host around us may insist on an answer.
             await reply.relay(render(error, method=scope["method"], request_id=span.id, trace_id=span.portkey_trace_id))
-        elif error.status != 499:
-            raise error
+
+
+def _opening(forward: Forward) -> Forward:
+    """The step below all layers: what is opened here is closed with the exchange, whatever the layers do with it."""
+
+    async def opened(request: ProxyRequest) -> ProxyResponse:
+        response = await forward(request)
+        closed = False
+
+        async def aclose() -> None:
+            nonlocal closed
+            if not closed:
+                closed = True
+                await response.aclose()
+
+        response_to_close = replace(response, aclose=aclose)
+        request.opened.append(response_to_close)
+        return response_to_close
+
+    return opened

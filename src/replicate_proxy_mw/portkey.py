@@ -86,12 +86,12 @@ def _metadata(text: str | None) -> tuple[Mapping[str, str] | None, bool]:
         return None, True
     try:
         content = json.loads(text)
+        if not isinstance(content, dict):
+            return None, True
+        entries = list(content.items())[:MAX_METADATA_KEYS]
+        return {_printable(key): _printable(_text(value)) for key, value in entries}, False
     except (ValueError, RecursionError):
         return None, True
-    if not isinstance(content, dict):
-        return None, True
-    entries = list(content.items())[:MAX_METADATA_KEYS]
-    return {_printable(key): _printable(_text(value)) for key, value in entries}, False
 
 
 def _text(value: object) -> str:

@@ -75,7 +75,12 @@ def path_of(scope: Mapping[str, Any]) -> str:
     if raw is not None and path != decoded and "\ufffd" not in decoded and unquote(path) != decoded:
         path = quote(decoded, safe=_PATH_SAFE)
     root: str = scope.get("root_path") or ""
-    return path[len(root) :] if root and path.startswith(root + "/") else path
+    if not root.strip("/") or not decoded.startswith(root + "/"):
+        return path
+    # Segment by segment, since `root_path` is decoded and `path` is not.
+    segments = path.split("/")
+    count = root.count("/") + 1
+    return "/" + "/".join(segments[count:]) if unquote("/".join(segments[:count])) == root else path
 
 
 def within(path: str, prefix: str) -> bool:
@@ -84,8 +89,11 @@ def within(path: str, prefix: str) -> bool:
 
 
 def match(method: str, path: str) -> Route:
-    """The route of a path below the prefix. HEAD is its GET; a path that the API does not have is `/{path}`."""
-    segments = path.split("/")
+    """The route of a path below the prefix. HEAD is its GET; a path that the API does not have is `/{path}`.
+
+    The path is decoded for it, slashes too: Replicate may read it so, and no spelling is to hide an operation.
+    """
+    segments = (unquote(path) if "%" in path else path).split("/")
     for template in _BY_LENGTH.get(len(segments), ()):
         if all(segments[i] == text for i, text in template.literals):
             if not all(segments[i] for i, _ in template.names):
@@ -99,10 +107,15 @@ def match(method: str, path: str) -> Route:
 def check(method: str, path: str, query: bytes) -> str:
     """The target to send, path and query, unless it could be read differently by someone behind us.
 
+    Bytes that no URI may hold and that harm nobody (`"<>{}` and the backtick) pass; httpx encodes some of them.
+
     Raises:
         MethodNotAllowed: TRACE would echo credentials, CONNECT has no target here (RFC 9110, section 9.3).
-        BadRequest: dot segments, backslashes and control characters, plain or encoded; `#`, spaces, non-ASCII bytes.
+        BadRequest: a method in small letters, which httpx would send in capitals; dot segments, backslashes and control
+            characters, plain or encoded; `#`, spaces and bytes outside ASCII.
     """
+    if method != method.upper():
+        raise BadRequest("Methods are told apart by case, and are written in capitals.")
     if method in ("TRACE", "CONNECT", "TRACK"):
         raise MethodNotAllowed()
     decoded = unquote(path, "latin-1") if "%" in path else path

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import traceback
 from typing import Any
 
 import anyio
@@ -76,6 +78,31 @@ async def test_a_resolver_that_fails_fails_closed_and_tells_its_class_alone(
     assert caplog.messages == [f"key resolver failed: {named}"]
     assert "hunter2" not in caplog.text
     assert raised.value.__context__ is None
+
+
+async def test_a_token_that_is_none_is_in_no_traceback() -> None:
+    async def resolver(request: KeyRequest) -> str:
+        return "r8_" + "secret" + "\n"
+
+    with pytest.raises(ResolverFailed) as raised:
+        await resolve(resolver, REQUEST, seconds=1)
+    report = traceback.TracebackException.from_exception(raised.value, capture_locals=True)
+    assert "r8_secret" not in "".join(report.format())
+
+
+def test_a_task_that_the_resolver_waited_for_and_that_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        shared = asyncio.ensure_future(asyncio.sleep(10))
+        shared.cancel()
+
+        async def resolver(request: KeyRequest) -> None:
+            await shared
+
+        with pytest.raises(ResolverFailed):
+            await resolve(resolver, REQUEST, seconds=1)
+
+    asyncio.run(main())
+    assert caplog.messages == ["key resolver failed: CancelledError"]
 
 
 async def test_cancellation_passes() -> None:

@@ -102,6 +102,16 @@ def test_no_key(server: Running) -> None:
     assert not server.upstream.requests
 
 
+def test_a_method_in_small_letters_is_not_sent_in_capitals(server: Running) -> None:
+    for method in (b"trace", b"post"):
+        answer = server.ask(method + b" /v1/predictions", b"content-length: 0\r\n\r\n")
+        if server.name.startswith("hypercorn") and method == b"post":  # hypercorn itself writes methods in capitals
+            assert answer.startswith(b"HTTP/1.1 200 ")
+        else:
+            assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 405 "))
+    assert not [received for received in server.upstream.requests if received.line.startswith(b"TRACE")]
+
+
 def test_search(server: Running) -> None:
     answer = server.ask(b"QUERY /v1/models", b"content-length: 5\r\ncontent-type: text/plain\r\n\r\nllama")
     assert answer.endswith(b"llama")

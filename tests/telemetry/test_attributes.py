@@ -148,8 +148,9 @@ def test_an_attempt_at_something_else(target: str) -> None:
         ("/predictions", "/predictions"),
         ("/predictions?cursor=abc&source=web", "/predictions?cursor=abc&source=web"),
         ("/files/f/download?expiry=1&signature=s", "/files/f/download?expiry=REDACTED&signature=REDACTED"),
-        ("/search?query=secret+plan&limit=5&flag", "/search?query=REDACTED&limit=5&flag"),
+        ("/search?query=secret+plan&limit=5&flag", "/search?query=REDACTED&limit=5&REDACTED"),
         ("/x?", "/x?"),
+        ("/x?pk-team-a", "/x?REDACTED"),
     ],
 )
 def test_a_query_tells_no_secret(target: str, shown: str) -> None:

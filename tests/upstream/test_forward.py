@@ -96,6 +96,26 @@ async def test_no_target_leads_to_another_host(upstream: RawUpstream) -> None:
             await Upstream(ProxyConfig(upstream="https://api.replicate.com"), None).forward(_request(target=target))
 
 
+async def test_long_targets_and_queries_are_not_remembered(upstream: RawUpstream) -> None:
+    transport = _to(upstream)
+    for target in ("/x", "/x", "/x?signature=s", "/" + "x" * 200):
+        await _exchange(transport, _request(target=target))
+    assert transport._cached_url.cache_info()[:2] == (1, 1)
+    assert [received.line.split()[1] for received in upstream.requests][2:] == [
+        b"/v1/x?signature=s",
+        b"/v1/" + b"x" * 200,
+    ]
+
+
+async def test_a_layer_that_forgets_the_length_is_told_so(
+    upstream: RawUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ProxyError) as raised:
+        await _exchange(_to(upstream), _request("POST", body=Chunks([b"abc"]), content_length=2))
+    assert raised.value.code == "internal_error"
+    assert "content_length" in caplog.text
+
+
 async def test_a_target_that_no_url_can_hold_is_the_caller_s_mistake(upstream: RawUpstream) -> None:
     with pytest.raises(BadRequest):
         await _to(upstream).forward(_request(target="/" + "a" * 70000))
@@ -208,7 +228,7 @@ async def test_an_answer_that_nobody_reads_to_its_end(upstream: RawUpstream) -> 
 
 
 @pytest.mark.parametrize(
-    ("status", "headers"), [(200, [(b"link", b"a\r\nset-cookie: b")]), (101, [(b"upgrade", b"h2c")])]
+    ("status", "headers"), [(200, [(b"link", b"a\r\nset-cookie: b")]), (101, [(b"upgrade", b"h2c")]), (999, [])]
 )
 async def test_an_answer_that_a_transport_should_not_have_given(status: int, headers: Any) -> None:
     closed = []
@@ -219,6 +239,7 @@ async def test_an_answer_that_a_transport_should_not_have_given(status: int, hea
 
         async def aclose(self) -> None:
             closed.append(True)
+            raise ZeroDivisionError
 
     class Odd(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

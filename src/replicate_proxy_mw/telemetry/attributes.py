@@ -129,8 +129,10 @@ def redacted(target: str) -> str:
     path, separator, query = target.partition("?")
     if not separator:
         return target
-    pairs = [part.partition("=") for part in query.split("&")]
-    kept = [
-        name + equals + (value if name in _PLAIN_QUERY or not equals else "REDACTED") for name, equals, value in pairs
-    ]
-    return path + separator + "&".join(kept)
+    return path + separator + "&".join(_redacted(*part.partition("=")) for part in query.split("&"))
+
+
+def _redacted(name: str, equals: str, value: str) -> str:
+    if not name or name in _PLAIN_QUERY:
+        return name + equals + value
+    return f"{name}=REDACTED" if equals else "REDACTED"

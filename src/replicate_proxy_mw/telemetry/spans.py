@@ -101,7 +101,9 @@ class Telemetry:
                 attributes.span_name(request.method, self._upstream.path + request.route.template),
                 kind=SpanKind.CLIENT,
             )
-            _above.get().outcome = "forwarded"
+            above = _above.get(None)
+            if above is not None:
+                above.outcome = "forwarded"
             if not span.is_recording():
                 return await forward(request)
             span.set_attributes(attributes.of_attempt(request, self._upstream))

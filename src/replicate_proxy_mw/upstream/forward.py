@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import suppress
 from functools import lru_cache
 
 import httpx
@@ -22,6 +24,8 @@ from ..errors import (
 from ..exchange import ProxyRequest, ProxyResponse
 from .transport import BoundedTransport
 
+logger = logging.getLogger("replicate_proxy_mw")
+
 
 class Upstream:
     """Replicate, reached by the given transport or by one of its own for each event loop.
@@ -36,7 +40,7 @@ class Upstream:
         self._opened: RunVar[httpx.AsyncBaseTransport | None] = RunVar("replicate_proxy_mw.transport", None)
         self._origin = httpx.URL(config.upstream)
         self._host = (b"host", self._origin.netloc)
-        self._url = lru_cache(maxsize=1024)(self._parse)
+        self._cached_url = lru_cache(maxsize=1024)(self._parse)
         self._return_headers = frozenset(name.lower().encode() for name in config.return_headers)
         self._timeout = {
             "connect": config.connect_timeout,
@@ -44,6 +48,10 @@ class Upstream:
             "write": config.write_timeout,
             "pool": config.connection_wait,
         }
+
+    def _url(self, target: str) -> httpx.URL:
+        # Parsing costs as much as sending; long targets would fill the memory, and queries may hold signatures.
+        return self._parse(target) if len(target) > 128 or "?" in target else self._cached_url(target)
 
     def _parse(self, target: str) -> httpx.URL:
         try:
@@ -72,35 +80,34 @@ class Upstream:
             UpstreamUnreachable, Overloaded: not one byte was sent.
             UpstreamTimeout, UpstreamFailed: it may have been received, and is not sent again.
         """
+        sent = headers.with_token((self._host, *_framing(request), *request.headers), request.key)
+        body = _NoBody() if request.content_length == 0 else _Body(request.body)
         url = self._url(request.target)
-        failure: ProxyError
         try:
             response = await self._transport().handle_async_request(
-                httpx.Request(
-                    request.method,
-                    url,
-                    headers=headers.with_token((self._host, *_framing(request), *request.headers), request.key),
-                    stream=_NoBody() if request.content_length == 0 else _Body(request.body),
-                    extensions={"timeout": self._timeout},
-                )
+                httpx.Request(request.method, url, headers=sent, stream=body, extensions={"timeout": self._timeout})
             )
         except ProxyError:
             raise
         except Exception as error:
             failure = _classify(error)
         else:
-            assert isinstance(response.stream, httpx.AsyncByteStream)
-            body = _Answer(response.stream)
-            try:
-                if response.status_code < 200:
-                    raise UpstreamFailed()
-                kept = headers.down(response.headers.raw, response.status_code, self._return_headers)
-            except ProxyError:
-                await body.aclose()
-                raise
-            return ProxyResponse(status=response.status_code, headers=kept, body=body, aclose=body.aclose)
+            return await self._answer(response)
         # Raised here and not above, so that the transport's exception, which may hold headers, is not its context.
         raise failure
+
+    async def _answer(self, response: httpx.Response) -> ProxyResponse:
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        body = _Answer(response.stream)
+        try:
+            # Servers drop the connection when they are asked to send another status, and 101 was not asked for.
+            if not 200 <= response.status_code < 600:
+                raise UpstreamFailed()
+            kept = headers.down(response.headers.raw, response.status_code, self._return_headers)
+        except ProxyError:
+            await body.aclose()
+            raise
+        return ProxyResponse(status=response.status_code, headers=kept, body=body, aclose=body.aclose)
 
     async def aclose(self) -> None:
         """Close what was opened in this event loop. A given transport stays its owner's."""
@@ -126,6 +133,10 @@ def _classify(error: Exception) -> ProxyError:
         return UpstreamTimeout()
     if isinstance(error, httpx.ConnectError):
         return UpstreamUnreachable()
+    # By name, since h11's own gets through httpcore as it is.
+    if type(error).__name__ == "LocalProtocolError":
+        logger.error("request failed: a layer made it one that cannot be sent (does content_length fit the body?)")
+        return ProxyError()
     return UpstreamFailed()
 
 
@@ -165,9 +176,8 @@ class _Answer:
         raise UpstreamAborted()
 
     async def aclose(self) -> None:
-        close = getattr(self._chunks, "aclose", None)
-        try:
-            if close is not None:
-                await close()
-        finally:
-            await self._stream.aclose()
+        # A generator that is left half-way is closed late, and warned of under trio.
+        for part in (self._chunks, self._stream):
+            with suppress(Exception):
+                if close := getattr(part, "aclose", None):
+                    await close()
