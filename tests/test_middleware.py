@@ -519,6 +519,32 @@ async def test_upstream_is_closed_when_the_caller_leaves_within_the_upload(upstr
     await app.aclose()
 
 
+async def test_a_caller_who_leaves_is_seen_behind_an_upload_that_nobody_wants(upstream: RawUpstream) -> None:
+    closed = anyio.Event()
+
+    class Endless(Chunks):
+        async def __anext__(self) -> bytes:
+            try:
+                await anyio.sleep_forever()
+            finally:
+                closed.set()
+            raise StopAsyncIteration
+
+    def layer(forward: Forward) -> Forward:
+        async def answering(request: ProxyRequest) -> ProxyResponse:
+            return ProxyResponse(status=200, headers=(), body=Endless([]))
+
+        return answering
+
+    caller = Caller([b"abc"] * 10)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, proxy(upstream.url, layers=[layer]), http_scope("POST"))
+        await caller.started.wait()
+        await anyio.wait_all_tasks_blocked()
+        caller.left.set()
+    assert closed.is_set()
+
+
 # --- layers
 
 
