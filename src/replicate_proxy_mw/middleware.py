@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -65,7 +64,7 @@ class ReplicateProxyMiddleware:
         self.app = app
         self._config = config = config or ProxyConfig()
         self._prefix = config.prefix
-        self._may_be_ours = re.compile(re.escape(unquote(config.prefix)) + r"(?:/|\Z)").match
+        self._decoded_prefix = unquote(config.prefix)
         self._key_resolver = key_resolver
         self._forward_headers = frozenset(name.lower().encode() for name in config.forward_headers)
         self._telemetry = Telemetry(
@@ -83,11 +82,12 @@ class ReplicateProxyMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             # A quick no for the host's own requests, each of which passes here: the decoded path says enough for that.
-            path, root = scope["path"], scope.get("root_path")
-            start = len(root) if root and path.startswith(root + "/") else 0
-            if self._may_be_ours(path, start) and (path := self._claim(scope)) is not None:
-                await self._exchange(scope, path, RequestBody(receive), Reply(send, method=scope["method"]))
-                return
+            path, prefix, root = scope["path"], self._decoded_prefix, scope.get("root_path")
+            if path.startswith(prefix) or (root and path.startswith(prefix, len(root))):
+                below = self._claim(scope)
+                if below is not None:
+                    await self._exchange(scope, below, RequestBody(receive), Reply(send, method=scope["method"]))
+                    return
         elif scope["type"] == "lifespan":
             send = self._closing(send)
         await self.app(scope, receive, send)
