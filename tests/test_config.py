@@ -31,6 +31,8 @@ def test_held_creates_fit_into_the_read_timeout() -> None:
         {"upstream": "http://[::1]:8000/v1"},
         {"forward_headers": ["X-Mine"], "return_headers": ["x-other"]},
         {"trust_traceparent": "link"},
+        {"public_url": "https://app.example/v1", "safe_retries": 5, "unwrap_data": False},
+        {"proxy_streams": True, "stream_key": "k" * 32, "stream_hosts": ["*.replicate.com"]},
     ],
 )
 def test_what_can_be_set(options: dict[str, Any]) -> None:
@@ -66,6 +68,13 @@ def test_what_can_be_set(options: dict[str, Any]) -> None:
         ({"forward_headers": "x-mine"}, "forward_headers: a list"),
         ({"return_headers": ["set-cookie"]}, "return_headers"),
         ({"trust_traceparent": "maybe"}, "trust_traceparent"),
+        ({"public_url": "https://app.example/v1/"}, "public_url"),
+        ({"public_url": "app.example"}, "public_url"),
+        ({"safe_retries": 6}, "safe_retries"),
+        ({"proxy_streams": True}, "stream_key"),
+        ({"proxy_streams": True, "stream_key": "short"}, "stream_key"),
+        ({"stream_hosts": "stream.replicate.com"}, "stream_hosts: a list"),
+        ({"stream_lifetime": 0}, "stream_lifetime"),
     ],
 )
 def test_what_cannot(options: dict[str, Any], named: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from replicate_proxy_mw import ProxyResponse
-from replicate_proxy_mw.egress import Reply, render
-from replicate_proxy_mw.errors import ClientDisconnected, KeyMissing, ProxyError, UpstreamFailed
+from replicate_proxy_mw.egress import Reply, complete, render
+from replicate_proxy_mw.errors import ClientDisconnected, KeyMissing, RequestTimeout
 from replicate_proxy_mw.exchange import Chunks
 from tests.raw_asgi import Caller
 
@@ -82,14 +82,8 @@ async def test_a_body_that_is_cut_is_not_ended() -> None:
     assert not reply.complete
 
 
-def _rendered(error: ProxyError, method: str = "POST", trace_id: str | None = None) -> tuple[dict[bytes, bytes], Any]:
-    response = render(error, method=method, request_id="req-1", trace_id=trace_id)
-    assert response.status == error.status
-    return dict(response.headers), response
-
-
 async def test_our_own_answer_in_every_sdk_s_words() -> None:
-    headers, response = _rendered(KeyMissing(), trace_id="order-42")
+    response = render(KeyMissing(), request_id="req-1")
     body = b"".join([chunk async for chunk in response.body])
     assert json.loads(body) == {
         "title": "Key missing",
@@ -101,23 +95,65 @@ async def test_our_own_answer_in_every_sdk_s_words() -> None:
         "error": {"message": KeyMissing.message, "type": "auth_missing", "param": None, "code": "key_missing"},
         "request_id": "req-1",
     }
-    assert headers == {
+    assert dict(response.headers) == {
         b"content-type": b"application/json",
         b"content-length": str(len(body)).encode(),
         b"cache-control": b"no-store",
         b"x-request-id": b"req-1",
-        b"x-portkey-trace-id": b"order-42",
         b"x-portkey-gateway-exception": b"true",
         b"www-authenticate": b"Bearer",
     }
 
 
-def test_a_trace_id_is_never_empty_and_never_breaks_the_header() -> None:
-    assert _rendered(KeyMissing())[0][b"x-portkey-trace-id"] == b"req-1"
-    assert _rendered(KeyMissing(), trace_id="ü")[0][b"x-portkey-trace-id"] == b"?"
+async def test_the_word_of_portkey_s_gateway_for_a_timeout() -> None:
+    response = render(RequestTimeout(0.3), request_id="req-1")
+    error = json.loads(b"".join([chunk async for chunk in response.body]))["error"]
+    assert error["message"] == "Request exceeded the timeout sent in the request: 300ms"
+    assert error["type"] == "timeout_error"
 
 
-@pytest.mark.parametrize(("method", "told"), [("POST", True), ("DELETE", True), ("GET", False), ("HEAD", False)])
-def test_sdks_are_told_not_to_pay_twice(method: str, told: bool) -> None:
-    assert (b"x-should-retry" in _rendered(UpstreamFailed(), method)[0]) is told
-    assert b"x-should-retry" not in _rendered(KeyMissing(), method)[0]
+def _complete(status: int = 200, *headers: tuple[bytes, bytes], method: str = "POST") -> dict[bytes, bytes]:
+    response = ProxyResponse(status=status, headers=headers, body=Chunks([]))
+    return dict(complete(response, method=method, trace_id="order-42").headers)
+
+
+def test_what_portkey_s_sdks_look_for() -> None:
+    assert _complete(200, (b"content-type", b"a/b")) == {
+        b"content-type": b"a/b",
+        b"x-portkey-trace-id": b"order-42",
+        b"x-portkey-provider": b"replicate",
+        b"x-portkey-last-used-option-index": b"config",
+        b"x-portkey-cache-status": b"DISABLED",
+        b"x-portkey-retry-attempt-count": b"0",
+    }
+    assert _complete(200, (b"x-portkey-retry-attempt-count", b"2"))[b"x-portkey-retry-attempt-count"] == b"2"
+
+
+def test_a_trace_id_never_breaks_the_header() -> None:
+    response = ProxyResponse(status=200, headers=(), body=Chunks([]))
+    assert dict(complete(response, method="GET", trace_id="ü").headers)[b"x-portkey-trace-id"] == b"?"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "content_type"),
+    [
+        (204, [], b"text/plain"),
+        (202, [(b"content-length", b"0")], b"text/plain"),
+        (200, [(b"content-length", b"5")], b"application/octet-stream"),
+        (304, [], None),
+        (200, [(b"content-type", b"text/event-stream; charset=utf-8")], b"text/event-stream"),
+        (200, [(b"content-type", b"text/event-stream")], b"text/event-stream"),
+        (200, [(b"content-type", b"text/plain; charset=utf-8")], b"text/plain; charset=utf-8"),
+    ],
+)
+def test_every_answer_has_a_content_type(
+    status: int, headers: list[tuple[bytes, bytes]], content_type: bytes | None
+) -> None:
+    assert _complete(status, *headers).get(b"content-type") == content_type
+
+
+@pytest.mark.parametrize(("method", "told"), [("POST", True), ("PATCH", True), ("GET", False), ("DELETE", False)])
+@pytest.mark.parametrize("status", [408, 409, 500, 502, 503])
+def test_sdks_are_told_not_to_pay_twice(method: str, told: bool, status: int) -> None:
+    assert (b"x-should-retry" in _complete(status, method=method)) is told
+    assert b"x-should-retry" not in _complete(404, method=method)

@@ -25,6 +25,7 @@ TREE: list[type[ProxyError]] = [ProxyError, *ProxyError.__subclasses__()]
 @pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
 def test_the_drawn_tree_is_the_tree(error: type[ProxyError]) -> None:
     assert errors.__doc__
+    assert error().message
     assert re.search(rf"{error.__name__} +{error.status}  {error.code}\b", errors.__doc__)
     assert error.outcome in OUTCOMES
 

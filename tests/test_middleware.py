@@ -52,7 +52,7 @@ async def test_what_is_not_below_the_prefix_is_the_host_s(upstream: RawUpstream,
         ("/v1", b"/v1"),
         ("/v1/", b"/v1/"),
         ("/v1?a=b", b"/v1?a=b"),
-        ("/v1//predictions", b"/v1//predictions"),
+        ("/v1//nope", b"/v1//nope"),
         ("/v1/models/a%2Fb?foo=a%20b&foo=c", b"/v1/models/a%2Fb?foo=a%20b&foo=c"),
     ],
 )
@@ -140,6 +140,33 @@ async def test_lifespan_is_the_host_s_and_closes_what_was_opened(upstream: RawUp
     assert sent == ["lifespan.startup.complete", 0, "lifespan.shutdown.complete"]
     assert await anyio.to_thread.run_sync(upstream.closed.wait, 2)
     await middleware.aclose()
+
+
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/v1predictions?a=b", b"/v1/predictions?a=b"),
+        ("/v1predictions/p1/cancel", b"/v1/predictions/p1/cancel"),
+        ("/v1//predictions", b"/v1/predictions"),
+    ],
+)
+async def test_what_node_s_sdks_make_of_a_path_is_repaired(upstream: RawUpstream, target: str, sent: bytes) -> None:
+    assert (await call(proxy(upstream.url), http_scope("POST", target))).status == 200
+    assert upstream.requests[0].line == b"POST " + sent + b" HTTP/1.1"
+
+
+@pytest.mark.parametrize("target", ["/v1predictions", "/v1[object%20Object]"])
+async def test_without_portkey_s_headers_such_paths_are_the_host_s(upstream: RawUpstream, target: str) -> None:
+    scope = http_scope("POST", target, [(b"authorization", b"Bearer pk-team-a")])
+    assert (await call(proxy(upstream.url), scope)).content == b"host"
+
+
+async def test_a_call_whose_content_is_lost_is_told_the_right_one(upstream: RawUpstream) -> None:
+    caller = await call(proxy(upstream.url), http_scope("POST", "/v1[object%20Object]"))
+    assert (caller.status, _error(caller)["message"]) == (
+        400,
+        'This SDK takes path and body apart: post("/predictions", {...}).',
+    )
 
 
 # --- who may
@@ -273,6 +300,26 @@ async def test_a_body_with_its_length(upstream: RawUpstream) -> None:
     assert received.header(b"transfer-encoding") == []
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_bodies_that_have_no_meaning_are_dropped(upstream: RawUpstream, method: str) -> None:
+    headers = [KEY, (b"content-length", b"2"), (b"content-type", b"application/json"), (b"accept", b"*/*")]
+    app = proxy(upstream.url)
+    assert (await call(app, http_scope(method, headers=headers), b"{}")).status == 200
+    assert (await call(app, http_scope(method, headers=[KEY, (b"accept", b"*/*")]), *[b"x"] * 9)).status == 200
+    for received in upstream.requests:
+        assert [name for name, _ in received.headers] == [b"host", b"accept", b"authorization"]
+
+
+async def test_the_documented_call_of_portkey_s_sdk_is_unwrapped(upstream: RawUpstream) -> None:
+    scope = http_scope("POST", "/v1/predictions", [KEY, (b"content-type", b"application/json")])
+    body = b'{"data": {"version": "v", "input": {"n": 1.0}}}'
+    await call(proxy(upstream.url), scope, body)
+    await call(proxy(upstream.url, options={"unwrap_data": False}), scope, body)
+    unwrapped, wrapped = upstream.requests
+    assert (unwrapped.body, unwrapped.header(b"content-length")) == (b'{"version": "v", "input": {"n": 1.0}}', [b"37"])
+    assert wrapped.body == body
+
+
 async def test_a_body_that_no_header_announces(upstream: RawUpstream) -> None:
     app = proxy(upstream.url)
     await call(app, http_scope("POST"), b"abc")
@@ -293,6 +340,20 @@ async def test_a_body_that_does_not_have_its_length(upstream: RawUpstream, lengt
     caller = await call(proxy(upstream.url), http_scope("POST", headers=[KEY, (b"content-length", length)]), *body)
     assert (caller.status, _error(caller)["error"]["code"]) == (400, "bad_request")
     assert not upstream.requests
+
+
+async def test_what_clients_find_in_an_answer(upstream: RawUpstream) -> None:
+    headers = [KEY, (b"x-portkey-trace-id", b"order-42")]
+    caller = await call(proxy(upstream.url), http_scope(headers=headers))
+    assert [pair for pair in caller.headers if pair[0].startswith(b"x-portkey-")] == [
+        (b"x-portkey-trace-id", b"order-42"),
+        (b"x-portkey-provider", b"replicate"),
+        (b"x-portkey-last-used-option-index", b"config"),
+        (b"x-portkey-cache-status", b"DISABLED"),
+        (b"x-portkey-retry-attempt-count", b"0"),
+    ]
+    [trace_id] = (await call(proxy(upstream.url), http_scope())).header(b"x-portkey-trace-id")
+    assert len(trace_id) == 32
 
 
 async def test_an_encoded_answer_stays_as_it_is(upstream: RawUpstream) -> None:

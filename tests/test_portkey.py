@@ -49,6 +49,7 @@ def test_what_the_caller_says() -> None:
         ]
     )
     assert context == portkey.PortkeyContext(
+        present=True,
         provider="@team-account",
         virtual_key="replicate-abc",
         config="pc-1",
@@ -60,8 +61,102 @@ def test_what_the_caller_says() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("authorization", "config", "token"),
+    [
+        (b"Bearer r8_own", None, "r8_own"),
+        (b"Token r8_own", None, "r8_own"),
+        (b"r8_own", None, "r8_own"),
+        (b"r8_own", b'{"api_key": "r8_other"}', "r8_own"),
+        (b"Bearer DUMMY-KEY", b'{"api_key": "r8_other"}', "r8_other"),
+        (None, b'{"api_key": "r8_other"}', "r8_other"),
+        (b"Bearer OPENAI_API_KEY", None, None),
+        (b"Bearer pk-1", None, None),
+        (b"pk-1", None, None),
+        (b"", None, None),
+        (b"Bearer ", None, None),
+        (b"Basic cGs6MQ==", None, None),
+        (None, b"pc-slug", None),
+        (None, b'{"api_key": "pk-1"}', None),
+    ],
+)
+def test_a_token_that_the_caller_brings(authorization: bytes | None, config: bytes | None, token: str | None) -> None:
+    headers = [(b"x-portkey-api-key", b"pk-1")]
+    headers += [(b"authorization", authorization)] if authorization is not None else []
+    headers += [(b"x-portkey-config", config)] if config else []
+    context = portkey.read(headers)
+    assert (context.api_key, context.caller_token) == ("pk-1", token)
+
+
+def test_a_key_in_authorization_is_no_token() -> None:
+    context = portkey.read([(b"authorization", b"Bearer pk-1"), (b"x-portkey-provider", b"replicate")])
+    assert (context.api_key, context.caller_token) == ("pk-1", None)
+
+
+@pytest.mark.parametrize(
+    ("config", "timeout", "retry"),
+    [
+        (b"pc-slug", None, None),
+        (b"{}", None, None),
+        (b'{"cache": {"mode": "simple"}, "strategy": {"mode": "single"}, "what": 1}', None, None),
+        (b'{"request_timeout": 300}', 0.3, None),
+        (b'{"retry": {"attempts": 3}}', None, portkey.Retry(attempts=3)),
+        (
+            b'{"retry": {"attempts": 0, "on_status_codes": [503], "use_retry_after_header": true}}',
+            None,
+            portkey.Retry(attempts=0, status_codes=frozenset([503])),
+        ),
+        (b'{"retry": {"attempts": 5, "use_retry_after_headers": false}}', None, portkey.Retry(attempts=5)),
+    ],
+)
+def test_what_a_config_asks_for(config: bytes, timeout: float | None, retry: portkey.Retry | None) -> None:
+    context = portkey.read([(b"x-portkey-config", config)])
+    assert (context.config, context.request_timeout, context.retry) == (config.decode(), timeout, retry)
+
+
+def test_the_header_beats_the_config() -> None:
+    headers = [(b"x-portkey-config", b'{"request_timeout": 300}'), (b"x-portkey-request-timeout", b"5000")]
+    assert portkey.read(headers).request_timeout == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (b"{", "not valid JSON"),
+        (b'{"a":' + b"[" * 5000, "not valid JSON"),
+        (b'{"custom_host": "http://evil.test"}', "custom_host"),
+        (b'{"api_key": 1}', "api_key"),
+        (b'{"request_timeout": "soon"}', "request_timeout"),
+        (b'{"request_timeout": []}', "request_timeout"),
+        (b'{"request_timeout": 0}', "request_timeout"),
+        (b'{"retry": 3}', "retry is"),
+        (b'{"retry": {}}', "retry.attempts"),
+        (b'{"retry": {"attempts": true}}', "retry.attempts"),
+        (b'{"retry": {"attempts": 6}}', "retry.attempts"),
+        (b'{"retry": {"attempts": 1, "on_status_codes": 503}}', "retry.on_status_codes"),
+        (b'{"retry": {"attempts": 1, "on_status_codes": ["503"]}}', "retry.on_status_codes"),
+        (b'{"retry": {"attempts": 1, "use_retry_after_headers": 1}}', "retry.use_retry_after_headers"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(config: bytes, named: str) -> None:
+    with pytest.raises(BadRequest, match=named):
+        portkey.read([(b"x-portkey-config", config)])
+
+
+@pytest.mark.parametrize("timeout", [b"soon", b"0", b"-1", b"nan", b"inf", b"1e99"])
+def test_a_time_limit_that_is_none(timeout: bytes) -> None:
+    with pytest.raises(BadRequest, match="x-portkey-request-timeout"):
+        portkey.read([(b"x-portkey-request-timeout", timeout)])
+
+
+def test_no_caller_chooses_the_destination() -> None:
+    with pytest.raises(BadRequest, match="x-portkey-custom-host"):
+        portkey.read([(b"x-portkey-custom-host", b"https://evil.test")])
+
+
 def test_printing_a_context_shows_no_secret() -> None:
     headers = [(b"x-portkey-" + name, b"secret") for name in (b"api-key", b"virtual-key", b"config")]
+    headers.append((b"authorization", b"Bearer secret-token"))
     assert "secret" not in repr(portkey.read(headers))
 
 

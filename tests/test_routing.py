@@ -78,6 +78,34 @@ def test_a_model_in_one_segment() -> None:
     assert routing.match("GET", "/models/a%2Fb").params == {"model_owner": "a", "model_name": "b"}
 
 
+PORTKEY = [(b"accept", b"*/*"), (b"x-portkey-provider", b"@replicate")]
+
+
+@pytest.mark.parametrize(
+    ("method", "below", "with_portkey", "without"),
+    [
+        ("POST", "", "", ""),
+        ("POST", "/predictions", "/predictions", "/predictions"),
+        ("POST", "predictions", "/predictions", None),
+        ("GET", "predictions/p1", "/predictions/p1", None),
+        ("POST", "models/a/b/predictions", "/models/a/b/predictions", None),
+        ("POST", "beta", None, None),
+        ("PUT", "predictions", None, None),
+        ("POST", "//predictions", "/predictions", "//predictions"),
+        ("POST", "//nope", "//nope", "//nope"),
+        ("POST", "[object%20Object]", "[object%20Object]", None),
+    ],
+)
+def test_what_a_caller_meant(method: str, below: str, with_portkey: str | None, without: str | None) -> None:
+    assert routing.meant(method, below, PORTKEY) == with_portkey
+    assert routing.meant(method, below, []) == without
+
+
+def test_an_object_that_became_a_path_is_told_the_right_call() -> None:
+    with pytest.raises(BadRequest, match="post"):
+        routing.check("POST", "[object%20Object]", b"")
+
+
 @pytest.mark.parametrize("method", ["trace", "post", "Get", "connect"])
 def test_methods_in_small_letters_are_refused(method: str) -> None:
     with pytest.raises(BadRequest, match="capitals"):

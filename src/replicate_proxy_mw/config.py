@@ -6,9 +6,17 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from .headers import NEVER
+from .portkey import MAX_ATTEMPTS
+
+# Hosts that were seen in `urls.stream`.
+STREAM_HOSTS = (
+    "stream.replicate.com",
+    "streaming-api.svc.us.c.replicate.net",
+    "streaming-api.svc.rno2.c.replicate.net",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +36,29 @@ class ProxyConfig:
 
     exclude: Sequence[str] = ()
     """Paths below the prefix that stay the host's, with all below them."""
+
+    public_url: str | None = None
+    """The URL under which callers reach the prefix (`https://app.example/v1`): links in answers lead there. By default
+    that of each request, by its Host header; set it where a proxy in front changes host, scheme or path."""
+
+    unwrap_data: bool = True
+    """Unwrap `{"data": {...}}`, as Portkey's SDK for Python sends the documented call; Replicate has no such field."""
+
+    safe_retries: int = 0
+    """More attempts of what can be sent again without harm, unless the caller's config says how many. None, since SDKs
+    try again by themselves."""
+
+    proxy_streams: bool = False
+    """Whether `urls.stream` leads through the proxy, below `/-/streams/`. Not by default: it needs `stream_key`."""
+
+    stream_key: str | None = None
+    """The secret that signs stream URLs: at least 32 characters, the same in all replicas."""
+
+    stream_lifetime: float = 3600.0
+    """For how long a stream URL can be used: Replicate deletes a prediction's output after an hour."""
+
+    stream_hosts: Sequence[str] = STREAM_HOSTS
+    """Where streams may come from: hosts, or `*.` and a domain, with a port if it has one. No other is proxied."""
 
     connect_timeout: float = 10.0
     """For DNS, TCP and TLS: three lost SYN packets still get through."""
@@ -64,11 +95,25 @@ class ProxyConfig:
             if self.prefix and not path.startswith(self.prefix + "/"):
                 raise ValueError(f"exclude: {path!r} is not below the prefix {self.prefix!r}")
         _check_upstream(self.upstream)
-        for option in ("connect_timeout", "read_timeout", "write_timeout", "connection_wait", "resolver_timeout"):
+        for option in (
+            "connect_timeout",
+            "read_timeout",
+            "write_timeout",
+            "connection_wait",
+            "resolver_timeout",
+            "stream_lifetime",
+        ):
             if not getattr(self, option) > 0:
                 raise ValueError(f"{option}: must be more than 0 seconds")
         if self.max_connections < 1:
             raise ValueError("max_connections: must be at least 1")
+        if not 0 <= self.safe_retries <= MAX_ATTEMPTS:
+            raise ValueError(f"safe_retries: must be from 0 to {MAX_ATTEMPTS}")
+        if self.public_url is not None:
+            _check_url("public_url", self.public_url)
+        if self.proxy_streams and len(self.stream_key or "") < 32:
+            raise ValueError("stream_key: must have at least 32 characters, for proxy_streams")
+        _names("stream_hosts", self.stream_hosts)
         for option in ("forward_headers", "return_headers"):
             for name in _names(option, getattr(self, option)):
                 lowered = name.lower().encode("ascii", "replace")
@@ -93,15 +138,20 @@ def _check_path(option: str, path: str, *, may_be_empty: bool = False) -> None:
         raise ValueError(f"{option}: {path!r} must be percent-encoded")
 
 
-def _check_upstream(upstream: str) -> None:
-    url = urlsplit(upstream)
+def _check_url(option: str, value: str) -> SplitResult:
+    url = urlsplit(value)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError("upstream: must be an http or https URL")
+        raise ValueError(f"{option}: must be an http or https URL")
     if url.username is not None or url.password is not None:
-        raise ValueError("upstream: must not hold user or password")
-    if url.query or url.fragment or upstream.endswith(("/", "?", "#")):
-        raise ValueError("upstream: must end with its path, without '/', query or fragment")
-    if url.scheme == "http" and not _is_loopback(url.hostname):
+        raise ValueError(f"{option}: must not hold user or password")
+    if url.query or url.fragment or value.endswith(("/", "?", "#")):
+        raise ValueError(f"{option}: must end with its path, without '/', query or fragment")
+    return url
+
+
+def _check_upstream(upstream: str) -> None:
+    url = _check_url("upstream", upstream)
+    if url.scheme == "http" and not _is_loopback(url.hostname or ""):
         raise ValueError("upstream: must be https, since the token goes there; plain http only to loopback")
 
 

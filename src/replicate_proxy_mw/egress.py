@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from . import portkey
 from .errors import ClientDisconnected, ProxyError
 from .exchange import ProxyResponse
 
@@ -58,13 +60,36 @@ class Reply:
             raise ClientDisconnected() from None
 
 
-def render(error: ProxyError, *, method: str, request_id: str, trace_id: str | None) -> ProxyResponse:
+# Methods that may be repeated without doing anything twice (RFC 9110, section 9.2.2; QUERY is safe).
+IDEMPOTENT = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PUT", "QUERY"))
+
+
+def complete(response: ProxyResponse, *, method: str, trace_id: str) -> ProxyResponse:
+    """The answer with all that clients need to find in it, whoever made it.
+
+    A trace id keeps Portkey's SDKs from sending a create twice, `x-should-retry` keeps OpenAI's: the first may have
+    been received. Portkey's SDK for Python fails without a content type even at a 204, the one for Node with a JSON
+    type there; with parameters after `text/event-stream` the former takes a stream for JSON.
+    """
+    headers = list(response.headers)
+    sent = dict(headers)
+    content_type = sent.get(b"content-type")
+    if content_type is None and response.status != 304:
+        bodiless = response.status == 204 or sent.get(b"content-length") == b"0"
+        headers.append((b"content-type", b"text/plain" if bodiless else b"application/octet-stream"))
+    elif content_type is not None and content_type.lower().startswith(b"text/event-stream;"):
+        headers = [(name, b"text/event-stream" if name == b"content-type" else value) for name, value in headers]
+    if (response.status >= 500 or response.status in (408, 409)) and method not in IDEMPOTENT:
+        headers.append((b"x-should-retry", b"false"))
+    headers += portkey.answer(trace_id=trace_id, sent=sent)
+    return replace(response, headers=tuple(headers))
+
+
+def render(error: ProxyError, *, request_id: str) -> ProxyResponse:
     """Our own answer, in the one shape that all six SDKs of Portkey, OpenAI and Replicate read well.
 
     `type`, `title`, `detail`, `status` and `instance` are Replicate's own (RFC 9457) and what its SDKs show; Portkey's
-    Node SDK shows `message`, Portkey's for Python and OpenAI's show `error.message`. A trace id keeps Portkey's SDKs
-    from sending a create twice, `x-should-retry` keeps OpenAI's: the first may have been received, and where it was not
-    (503), whether to try again is for the caller to decide and not for its SDK.
+    Node SDK shows `message`, Portkey's for Python and OpenAI's show `error.message`.
     """
     content = {
         "title": error.code.replace("_", " ").capitalize(),
@@ -73,15 +98,12 @@ def render(error: ProxyError, *, method: str, request_id: str, trace_id: str | N
         "type": error.code,
         "instance": request_id,
         "message": error.message,
-        "error": {"message": error.message, "type": error.outcome, "param": None, "code": error.code},
+        "error": {"message": error.message, "type": error.type or error.outcome, "param": None, "code": error.code},
         "request_id": request_id,
     }
-    headers = [
+    headers = (
         (b"cache-control", b"no-store"),
         (b"x-request-id", request_id.encode()),
-        (b"x-portkey-trace-id", (trace_id or request_id).encode("ascii", "replace")),
         (b"x-portkey-gateway-exception", b"true"),
-    ]
-    if (error.status >= 500 or error.status in (408, 409)) and method not in ("GET", "HEAD", "OPTIONS"):
-        headers.append((b"x-should-retry", b"false"))
+    )
     return ProxyResponse.json(error.status, content, headers=(*headers, *error.headers))

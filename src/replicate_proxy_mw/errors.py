@@ -6,6 +6,7 @@
     ├── KeyUnknown              401  key_unknown
     ├── PermissionDenied        403  permission_denied
     ├── MethodNotAllowed        405  method_not_allowed
+    ├── RequestTimeout          408  request_timeout         the caller's own limit
     ├── LimitExceeded           429  limit_exceeded
     ├── ClientDisconnected      499  client_disconnected     nobody is left to read it
     ├── UpstreamUnreachable     502  upstream_unreachable    not one byte was sent
@@ -33,11 +34,15 @@ _SOON = ((b"retry-after", b"1"),)
 
 
 class ProxyError(Exception):
-    """A request that is answered by the proxy itself. `message` reaches the caller: no secrets, no upstream text."""
+    """A request that is answered by the proxy itself. `message` reaches the caller: no secrets, no upstream text.
+
+    `outcome` is the word for it on spans; `type` the one in the answer, by default the same.
+    """
 
     status = 500
     code = "internal_error"
     outcome = "upstream_error"
+    type: str | None = None
     message = "The proxy failed to handle this request."
 
     def __init__(self, message: str | None = None, *, headers: Headers = ()) -> None:
@@ -87,6 +92,18 @@ class MethodNotAllowed(ProxyError):
     code = "method_not_allowed"
     outcome = "bad_request"
     message = "TRACE and CONNECT are not proxied."
+
+
+class RequestTimeout(ProxyError):
+    """The caller's own limit ran out, with the text that Portkey's gateway has for it. `seconds` is that limit."""
+
+    status = 408
+    code = "request_timeout"
+    outcome = "upstream_timeout"
+    type = "timeout_error"
+
+    def __init__(self, seconds: float = 0) -> None:
+        super().__init__(f"Request exceeded the timeout sent in the request: {seconds * 1000:.0f}ms")
 
 
 class LimitExceeded(ProxyError):

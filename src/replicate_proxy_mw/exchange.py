@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ class ProxyRequest:
     portkey: PortkeyContext
     scope: Mapping[str, Any] = field(repr=False)
     resend_count: int = 0
+    unwrapped_data: bool = False
+    repaired_path: bool = False
     opened: list[ProxyResponse] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -67,10 +69,11 @@ class ProxyResponse:
 
 
 class Chunks:
-    """Bytes at hand, as a body."""
+    """Bytes at hand, as a body; then, if there is a rest, that as it arrives."""
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    def __init__(self, chunks: Iterable[bytes], rest: AsyncIterator[bytes] | None = None) -> None:
         self._chunks = iter(chunks)
+        self._rest = rest
 
     def __aiter__(self) -> Chunks:
         return self
@@ -78,7 +81,9 @@ class Chunks:
     async def __anext__(self) -> bytes:
         for chunk in self._chunks:
             return chunk
-        raise StopAsyncIteration
+        if self._rest is None:
+            raise StopAsyncIteration
+        return await self._rest.__anext__()
 
 
 Forward = Callable[[ProxyRequest], Awaitable[ProxyResponse]]

@@ -66,6 +66,11 @@ def up(headers: Iterable[tuple[bytes, bytes]], extra: Collection[bytes] = ()) ->
     return tuple(pair for pair in kept if pair[0] not in named) if named else tuple(kept)
 
 
+def without_content(headers: HeaderList) -> HeaderList:
+    """The headers of a request whose body is dropped."""
+    return tuple(pair for pair in headers if pair[0] not in (b"content-type", b"content-encoding"))
+
+
 def with_token(headers: HeaderList, key: ReplicateKey) -> list[tuple[bytes, bytes]]:
     """The headers as sent: the only place where a token leaves its `ReplicateKey`."""
     return [*headers, (b"authorization", key.authorization())]

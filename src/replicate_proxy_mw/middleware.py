@@ -13,11 +13,15 @@ import anyio
 
 from . import headers, portkey, routing
 from .config import ProxyConfig
-from .egress import Reply, render
+from .egress import Reply, complete, render
 from .errors import ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
 from .exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
+from .layers.deadline import request_timeout
+from .layers.resend import resend
+from .layers.unwrap import unwrap_data
+from .layers.whole import whole_creates
 from .telemetry import RequestSpan, Telemetry
 from .upstream import Upstream
 
@@ -75,8 +79,15 @@ class ReplicateProxyMiddleware:
         )
         self._upstream = Upstream(config, transport)
         self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
-        for layer in reversed(layers):
+        for layer in reversed(self._layers(layers)):
             self._forward = layer(self._forward)
+
+    def _layers(self, of_the_host: Sequence[Layer]) -> list[Layer]:
+        """From the outside in. The host's own see bodies unwrapped and links as Replicate wrote them."""
+        config = self._config
+        outer = [unwrap_data] if config.unwrap_data else []
+        inner = [whole_creates, request_timeout, resend(attempts=config.safe_retries)]
+        return [*outer, *of_the_host, *inner]
 
     # A plain function that returns a coroutine would be taken for ASGI 2 by uvicorn and hypercorn.
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -84,9 +95,11 @@ class ReplicateProxyMiddleware:
             # A quick no for the host's own requests, each of which passes here: the decoded path says enough for that.
             path, prefix, root = scope["path"], self._decoded_prefix, scope.get("root_path")
             if path.startswith(prefix) or (root and path.startswith(prefix, len(root))):
-                below = self._claim(scope)
-                if below is not None:
-                    await self._exchange(scope, below, RequestBody(receive), Reply(send, method=scope["method"]))
+                claimed = self._claim(scope)
+                if claimed is not None:
+                    below, repaired = claimed
+                    body, reply = RequestBody(receive), Reply(send, method=scope["method"])
+                    await self._exchange(scope, below, body, reply, repaired=repaired)
                     return
         elif scope["type"] == "lifespan":
             send = self._closing(send)
@@ -105,22 +118,25 @@ class ReplicateProxyMiddleware:
 
         return closing
 
-    def _claim(self, scope: Mapping[str, Any]) -> str | None:
-        """The path below the prefix, None if the request is the host's."""
+    def _claim(self, scope: Mapping[str, Any]) -> tuple[str, bool] | None:
+        """The path below the prefix and whether it had to be repaired, None if the request is the host's."""
         path = routing.path_of(scope)
-        if not routing.within(path, self._prefix):
+        if not path.startswith(self._prefix) or any(routing.within(path, own) for own in self._config.exclude):
             return None
-        if any(routing.within(path, excluded) for excluded in self._config.exclude):
-            return None
-        return path[len(self._prefix) :]
+        below = path[len(self._prefix) :]
+        meant = routing.meant(scope["method"], below, scope["headers"])
+        return None if meant is None else (meant, meant != below)
 
-    async def _exchange(self, scope: Mapping[str, Any], path: str, body: RequestBody, reply: Reply) -> None:
+    async def _exchange(
+        self, scope: Mapping[str, Any], path: str, body: RequestBody, reply: Reply, *, repaired: bool
+    ) -> None:
         route = routing.match(scope["method"], path)
         with self._telemetry.request(scope, route) as span:
             failure: Exception | None = None
             try:
                 request = await self._admit(scope, path, route, body, span)
-                relay = partial(self._relay, request, body, reply)
+                request = replace(request, repaired_path=repaired) if repaired else request
+                relay = partial(self._relay, request, body, reply, span.id)
                 await while_connected(body, relay, ending=lambda: reply.ending)
             except Exception as error:
                 failure = error
@@ -149,6 +165,7 @@ class ReplicateProxyMiddleware:
             KeyRequest(
                 api_key=caller.api_key,
                 provider=caller.provider,
+                caller_token=caller.caller_token,
                 virtual_key=caller.virtual_key,
                 config=caller.config,
                 metadata=caller.metadata or {},
@@ -162,24 +179,30 @@ class ReplicateProxyMiddleware:
         )
         span.tenant(key.tenant)
         await body.begin(declared)
+        length = body.whole if declared is None else declared
+        if scope["method"] in ("GET", "HEAD"):
+            # Portkey's asynchronous SDK sends `{}` along; content has no meaning there (RFC 9110, section 9.3.1).
+            body.abandon()
+            kept, length = headers.without_content(kept), 0
         return ProxyRequest(
             method=scope["method"],
             target=target,
             route=route,
             headers=kept,
             body=body,
-            content_length=body.whole if declared is None else declared,
+            content_length=length,
             key=key,
             portkey=caller,
             scope=scope,
         )
 
-    async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply) -> None:
+    async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply, request_id: str) -> None:
         try:
             response = await self._forward(request)
             request.opened.append(response)
             body.abandon()
-            await reply.relay(response)
+            trace_id = request.portkey.trace_id or request_id
+            await reply.relay(complete(response, method=request.method, trace_id=trace_id))
         finally:
             with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
                 for opened in reversed(request.opened):
@@ -204,7 +227,8 @@ class ReplicateProxyMiddleware:
         span.refuse(error)
         if reply.status is None:
             # To a caller who has left, too: a host around us may insist on an answer.
-            await reply.relay(render(error, method=scope["method"], request_id=span.id, trace_id=span.portkey_trace_id))
+            answer, trace_id = render(error, request_id=span.id), span.portkey_trace_id or span.id
+            await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
 
 
 def _opening(forward: Forward) -> Forward:

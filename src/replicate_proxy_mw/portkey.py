@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .errors import BadRequest
 
 MAX_TEXT = 256
+MAX_ATTEMPTS = 5
 MAX_METADATA_KEYS = 32
 MAX_METADATA_BYTES = 4096
 
 _PREFIX = b"x-portkey-"
+
+# What SDKs send in Authorization where they were given nothing.
+_PLACEHOLDERS = frozenset(("Bearer", "OPENAI_API_KEY", "DUMMY-KEY"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """`retry` of a config: so many more attempts, and on which statuses (None: on all that may be)."""
+
+    attempts: int
+    status_codes: frozenset[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PortkeyContext:
     """The caller's Portkey headers as text. `metadata` is None where there is none, or none that can be read.
 
-    `api_key`, `virtual_key` and `config` may be or hold secrets and are not printed.
+    `present` says whether there is any. `caller_token` is a Replicate token that the caller brings beside its key;
+    `request_timeout` is in seconds. `api_key`, `caller_token`, `virtual_key` and `config` may be or hold secrets and
+    are not printed.
     """
 
+    present: bool = False
     api_key: str | None = field(default=None, repr=False)
     provider: str | None = None
+    caller_token: str | None = field(default=None, repr=False)
     virtual_key: str | None = field(default=None, repr=False)
     config: str | None = field(default=None, repr=False)
+    request_timeout: float | None = None
+    retry: Retry | None = None
     trace_id: str | None = None
     span_id: str | None = None
     parent_span_id: str | None = None
@@ -38,10 +56,12 @@ def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
     """Read the caller's headers. The key is `x-portkey-api-key`, else the credential of `Authorization: Bearer|Token`.
 
     Portkey's SDKs send an empty key header where they were given none, Replicate's SDKs and Portkey's newest page
-    only `Authorization`. Both at once is normal for OpenAI's SDKs: theirs is then a placeholder.
+    only `Authorization`. Both at once is normal for OpenAI's SDKs: theirs is then a placeholder, or a token that the
+    caller brings.
 
     Raises:
-        BadRequest: two `x-portkey-api-key` lines or two `Authorization` lines.
+        BadRequest: two `x-portkey-api-key` lines or two `Authorization` lines; a custom host; a config or time limit
+            that cannot be read. The text names what is wrong.
     """
     texts: dict[bytes, str] = {}
     authorization: str | None = None
@@ -53,13 +73,24 @@ def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
         elif name == b"authorization":
             if authorization is not None:
                 raise BadRequest("There is more than one Authorization header.")
-            authorization = value.decode("latin-1")
+            authorization = value.decode("latin-1").strip()
+    if not texts:
+        return PortkeyContext(api_key=_credential(authorization))
+    if texts.get(b"custom-host"):
+        raise BadRequest("x-portkey-custom-host: this proxy sends to Replicate alone.")
+    config = texts.get(b"config") or None
+    asked = _config(config)
+    api_key = texts.get(b"api-key")
     metadata, metadata_invalid = _metadata(texts.get(b"metadata"))
     return PortkeyContext(
-        api_key=texts.get(b"api-key") or _credential(authorization),
+        present=True,
+        api_key=api_key or _credential(authorization),
+        caller_token=_caller_token(api_key, authorization, asked.api_key),
         provider=texts.get(b"provider") or None,
         virtual_key=texts.get(b"virtual-key") or None,
-        config=texts.get(b"config") or None,
+        config=config,
+        request_timeout=_milliseconds("x-portkey-request-timeout", texts.get(b"request-timeout") or asked.timeout),
+        retry=asked.retry,
         trace_id=_short(texts.get(b"trace-id")),
         span_id=_short(texts.get(b"span-id")),
         parent_span_id=_short(texts.get(b"parent-span-id")),
@@ -72,6 +103,78 @@ def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
 def _credential(authorization: str | None) -> str | None:
     scheme, _, credential = (authorization or "").partition(" ")
     return credential.strip() or None if scheme.lower() in ("bearer", "token") else None
+
+
+def _caller_token(api_key: str | None, authorization: str | None, configured: str | None) -> str | None:
+    """A token that the caller brings beside its key: that of `Authorization`, else `api_key` of the config.
+
+    Portkey's SDK for Node sends it without a scheme. SDKs put placeholders there, or the key itself.
+    """
+    if not api_key:
+        return None
+    bare = authorization if authorization and " " not in authorization else None
+    for token in (_credential(authorization) or bare, configured):
+        if token and token != api_key and token not in _PLACEHOLDERS:
+            return token
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an inline config asks for, as far as it has a meaning here."""
+
+    api_key: str | None = None
+    timeout: object = None
+    retry: Retry | None = None
+
+
+def _config(text: str | None) -> _Asked:
+    """`x-portkey-config` is JSON, or the slug of a config that only a resolver can know."""
+    if not text or not text.startswith("{"):
+        return _Asked()
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRequest("x-portkey-config is not valid JSON.") from None
+    if config.get("custom_host"):
+        raise BadRequest("x-portkey-config: custom_host: this proxy sends to Replicate alone.")
+    api_key = config.get("api_key")
+    if api_key is not None and not isinstance(api_key, str):
+        raise BadRequest("x-portkey-config: api_key is not a string.")
+    timeout = config.get("request_timeout")
+    _milliseconds("x-portkey-config: request_timeout", timeout)
+    return _Asked(api_key, timeout, _retry(config.get("retry")))
+
+
+def _retry(retry: object) -> Retry | None:
+    if retry is None:
+        return None
+    if not isinstance(retry, dict):
+        raise BadRequest("x-portkey-config: retry is not an object.")
+    attempts = retry.get("attempts")
+    if not isinstance(attempts, int) or isinstance(attempts, bool) or not 0 <= attempts <= MAX_ATTEMPTS:
+        raise BadRequest(f"x-portkey-config: retry.attempts is not a whole number from 0 to {MAX_ATTEMPTS}.")
+    codes = retry.get("on_status_codes")
+    if codes is not None and not (isinstance(codes, list) and all(isinstance(code, int) for code in codes)):
+        raise BadRequest("x-portkey-config: retry.on_status_codes is not a list of numbers.")
+    # Portkey's gateway reads the first spelling, its documentation has the second.
+    for name in ("use_retry_after_header", "use_retry_after_headers"):
+        if not isinstance(retry.get(name, False), bool):
+            raise BadRequest(f"x-portkey-config: retry.{name} is neither true nor false.")
+    return Retry(attempts=attempts, status_codes=None if codes is None else frozenset(codes))
+
+
+def _milliseconds(name: str, value: object) -> float | None:
+    """A time limit in seconds, None where none is set."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value) / 1000 if isinstance(value, (int, float, str)) else 0
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < 86400:
+        raise BadRequest(f"{name} is not a number of milliseconds above 0.")
+    return seconds
 
 
 def _short(text: str | None) -> str | None:
@@ -96,6 +199,21 @@ def _metadata(text: str | None) -> tuple[Mapping[str, str] | None, bool]:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def answer(*, trace_id: str, sent: Container[bytes]) -> list[tuple[bytes, bytes]]:
+    """What Portkey's SDKs read in an answer, but for what was `sent` already.
+
+    A trace id that is not empty keeps them from posting again.
+    """
+    headers = (
+        (b"x-portkey-trace-id", trace_id.encode("ascii", "replace")),
+        (b"x-portkey-provider", b"replicate"),
+        (b"x-portkey-last-used-option-index", b"config"),
+        (b"x-portkey-cache-status", b"DISABLED"),
+        (b"x-portkey-retry-attempt-count", b"0"),
+    )
+    return [pair for pair in headers if pair[0] not in sent]
 
 
 def _printable(text: str) -> str:

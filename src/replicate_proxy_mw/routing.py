@@ -6,7 +6,7 @@ Only `raw_path` is read: servers decode `path`, and two readings of one path are
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
@@ -104,6 +104,25 @@ def match(method: str, path: str) -> Route:
     return UNKNOWN
 
 
+def meant(method: str, below: str, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The path that a caller meant by what follows the prefix, None where that is the host's.
+
+    Node's SDKs of Portkey and OpenAI concatenate: the documented `post("predictions")` becomes `/v1predictions`, and a
+    base URL with a slash at its end makes `/v1//predictions`. With Portkey's headers there these are repaired, if
+    Replicate has such an operation; `post({url: ...})` becomes `/v1[object Object]`, whose content is lost: it stays,
+    for `check` to refuse. Without such headers the first and the last are the host's.
+    """
+    if below[:1] in ("", "/") and below[:2] != "//":
+        return below
+    as_it_came = below if below[:1] == "/" else None
+    if not any(name.startswith(b"x-portkey-") for name, _ in headers):
+        return as_it_came
+    if unquote(below) == "[object Object]":
+        return below
+    repaired = below[1:] if as_it_came else "/" + below
+    return repaired if match(method, repaired).operation else as_it_came
+
+
 def check(method: str, path: str, query: bytes) -> str:
     """The target to send, path and query, unless it could be read differently by someone behind us.
 
@@ -112,12 +131,14 @@ def check(method: str, path: str, query: bytes) -> str:
     Raises:
         MethodNotAllowed: TRACE would echo credentials, CONNECT has no target here (RFC 9110, section 9.3).
         BadRequest: a method in small letters, which httpx would send in capitals; dot segments, backslashes and control
-            characters, plain or encoded; `#`, spaces and bytes outside ASCII.
+            characters, plain or encoded; `#`, spaces and bytes outside ASCII; a path that is an object turned to text.
     """
     if method != method.upper():
         raise BadRequest("Methods are told apart by case, and are written in capitals.")
     if method in ("TRACE", "CONNECT", "TRACK"):
         raise MethodNotAllowed()
+    if path[:1] not in ("", "/"):
+        raise BadRequest('This SDK takes path and body apart: post("/predictions", {...}).')
     decoded = unquote(path, "latin-1") if "%" in path else path
     if _DOT_SEGMENT.search(decoded):
         raise BadRequest("The path has a '.' or '..' segment.")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from replicate_proxy_mw import KeyRequest, MappingKeyResolver, ReplicateKey, StaticKeyResolver
+from replicate_proxy_mw.errors import BadRequest
 from replicate_proxy_mw.keys import KeyResolver
 
 pytestmark = pytest.mark.anyio
@@ -37,6 +40,37 @@ async def test_a_token_for_each_key() -> None:
     assert isinstance(found, ReplicateKey)
     assert found.authorization().endswith(TOKEN_B.encode())
     assert await resolver(_request("PK-A")) is None
+
+
+@pytest.mark.parametrize(
+    ("api_key", "provider", "caller_token", "token"),
+    [
+        ("pk-a", "replicate", "r8_cccccccccccccccc", "r8_cccccccccccccccc"),
+        ("pk-a", "@replicate", "r8_cccccccccccccccc", TOKEN_A),
+        ("pk-a", None, "r8_cccccccccccccccc", TOKEN_A),
+        ("pk-a", "replicate", None, TOKEN_A),
+        ("pk-b", "replicate", "r8_cccccccccccccccc", None),
+    ],
+)
+async def test_tokens_that_callers_bring(
+    api_key: str, provider: str | None, caller_token: str | None, token: str | None
+) -> None:
+    keys = {"pk-a": ReplicateKey(TOKEN_A, tenant="team-a")}
+    request = replace(_request(api_key), provider=provider, caller_token=caller_token)
+    found = await MappingKeyResolver(keys, caller_tokens=True)(request)
+    if token is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.authorization(), found.tenant) == (b"Bearer " + token.encode(), "team-a")
+    kept = await MappingKeyResolver(keys)(request)
+    assert kept is (None if token is None else keys["pk-a"])
+
+
+async def test_a_token_that_a_caller_brings_and_that_is_none() -> None:
+    request = replace(_request("pk-a"), provider="replicate", caller_token="short")
+    with pytest.raises(BadRequest):
+        await MappingKeyResolver({"pk-a": TOKEN_A}, caller_tokens=True)(request)
 
 
 def test_a_resolver_without_keys_would_be_an_open_door() -> None:

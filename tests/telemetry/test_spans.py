@@ -341,6 +341,13 @@ async def test_a_second_attempt_says_so(
     assert [_of(span, "http.request.resend_count") for span in attempts] == [[None], [1]]
 
 
+async def test_what_was_mended_is_told(upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded) -> None:
+    scope = http_scope("POST", "/v1predictions", [KEY, (b"content-type", b"application/json")])
+    await call(proxy(upstream.url, tracer_provider=tracer_provider), scope, b'{"data": {}}')
+    told = ("replicate_proxy.request.unwrapped_data", "replicate_proxy.request.repaired_path", "replicate.operation")
+    assert _of(spans.request, *told) == [True, True, "predictions.create"]
+
+
 async def test_without_an_sdk_a_request_has_an_id_all_the_same(upstream: RawUpstream) -> None:
     app = proxy(upstream.url)
     assert (await call(app, http_scope())).status == 200

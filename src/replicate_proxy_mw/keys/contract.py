@@ -55,6 +55,8 @@ class KeyRequest:
     Attributes:
         api_key: the caller's key, from `x-portkey-api-key`, else from `Authorization`. Never empty.
         provider: `x-portkey-provider` as sent: a name (`replicate`) or a slug (`@team-account`).
+        caller_token: a Replicate token that the caller brings beside its key, in `Authorization` or as `api_key` of an
+            inline config; never the key itself and no placeholder of an SDK.
         virtual_key: `x-portkey-virtual-key` as sent (a legacy slug).
         config: `x-portkey-config` as sent: a slug or JSON.
         metadata: `x-portkey-metadata`, at most 32 entries of 256 characters; empty where there is none.
@@ -67,6 +69,7 @@ class KeyRequest:
 
     api_key: str = field(repr=False)
     provider: str | None = None
+    caller_token: str | None = field(default=None, repr=False)
     virtual_key: str | None = field(default=None, repr=False)
     config: str | None = field(default=None, repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ import hmac
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
+from ..errors import BadRequest
 from .contract import KeyRequest, ReplicateKey
 
 
@@ -36,17 +37,29 @@ class MappingKeyResolver:
     """Each caller's key to its own Replicate token: `{"pk-team-a": ReplicateKey("r8_…", tenant="team-a")}`.
 
     Only digests of the keys are kept.
+
+    Args:
+        keys: at least one.
+        caller_tokens: whether a known caller that says `x-portkey-provider: replicate` may bring its own token, which
+            is then used for its tenant. Not by default: the house's tokens are what it knows and pays for.
     """
 
-    def __init__(self, keys: Mapping[str, ReplicateKey | str]) -> None:
+    def __init__(self, keys: Mapping[str, ReplicateKey | str], *, caller_tokens: bool = False) -> None:
         _not_empty(keys)
+        self._caller_tokens = caller_tokens
         self._keys = {
             _digest(api_key): key if isinstance(key, ReplicateKey) else ReplicateKey(key)
             for api_key, key in keys.items()
         }
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
-        return self._keys.get(_digest(request.api_key))
+        key = self._keys.get(_digest(request.api_key))
+        if key is None or not self._caller_tokens or request.provider != "replicate" or not request.caller_token:
+            return key
+        try:
+            return ReplicateKey(request.caller_token, tenant=key.tenant)
+        except ValueError:
+            raise BadRequest("The token that you bring is none of Replicate's.") from None
 
 
 def _not_empty(api_keys: Iterable[str]) -> list[str]:

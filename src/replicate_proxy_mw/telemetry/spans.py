@@ -103,7 +103,7 @@ class Telemetry:
             )
             above = _above.get(None)
             if above is not None:
-                above.outcome = "forwarded"
+                above.forwarded(request)
             if not span.is_recording():
                 return await forward(request)
             span.set_attributes(attributes.of_attempt(request, self._upstream))
@@ -152,6 +152,14 @@ class RequestSpan:
     def tenant(self, tenant: str | None) -> None:
         if tenant is not None:
             self._span.set_attribute(names.TENANT, tenant)
+
+    def forwarded(self, request: ProxyRequest) -> None:
+        """The request goes to Replicate, as the layers have made it."""
+        self.outcome = "forwarded"
+        if request.unwrapped_data:
+            self._span.set_attribute(names.UNWRAPPED_DATA, True)
+        if request.repaired_path:
+            self._span.set_attribute(names.REPAIRED_PATH, True)
 
     def refuse(self, error: ProxyError) -> None:
         """The answer is our own."""

@@ -1,0 +1,60 @@
+"""`{"data": {...}}` becomes `{...}`: what Portkey's SDK for Python makes of the documented call.
+
+`portkey.post(url="predictions", data={...})` arrives wrapped, and Replicate wants `version` and `input` at the top. No
+JSON body of its API has a field `data`, so nothing else can be meant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
+
+# Replicate takes data URIs of up to 10 MB here; longer bodies pass as they came.
+MAX_SIZE = 16 << 20
+
+_WRAPPED = re.compile(rb'\s*\{\s*"data"\s*:\s*(?=\{)')
+_LONGEST_HEAD = 64
+
+
+def unwrap_data(forward: Forward) -> Forward:
+    """Unwrap JSON bodies of POSTs. A body that does not begin like a wrapped one passes without being held."""
+
+    async def unwrapped(request: ProxyRequest) -> ProxyResponse:
+        if request.method != "POST" or request.content_length == 0 or not _is_plain_json(request):
+            return await forward(request)
+        chunks = request.body.__aiter__()
+        held = b""
+        async for chunk in chunks:
+            held += chunk
+            if len(held) > MAX_SIZE or (len(held) >= _LONGEST_HEAD and not _WRAPPED.match(held)):
+                return await forward(replace(request, body=Chunks([held], chunks)))
+        content = inner(held)
+        if content is None:
+            return await forward(replace(request, body=Chunks([held])))
+        body = Chunks([content])
+        return await forward(replace(request, body=body, content_length=len(content), unwrapped_data=True))
+
+    return unwrapped
+
+
+def inner(body: bytes) -> bytes | None:
+    """The bytes of the object in `{"data": {...}}`, as they stand there; None if the body is anything else."""
+    wrapped = _WRAPPED.match(body)
+    if wrapped is None:
+        return None
+    try:
+        pairs = json.loads(body, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return None
+    if len(pairs) != 1:
+        return None
+    return body[wrapped.end() : body.rindex(b"}")].rstrip()
+
+
+def _is_plain_json(request: ProxyRequest) -> bool:
+    headers = dict(request.headers)
+    content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    return content_type == b"application/json" and b"content-encoding" not in headers
