@@ -88,6 +88,20 @@ def test_a_token_that_the_caller_brings(authorization: bytes | None, config: byt
     assert (context.api_key, context.caller_token) == ("pk-1", token)
 
 
+@pytest.mark.parametrize(
+    ("headers", "provider"),
+    [
+        ([(b"x-portkey-mode", b"proxy replicate")], "replicate"),
+        ([(b"x-portkey-mode", b"proxy replicate"), (b"x-portkey-provider", b"@team")], "@team"),
+        ([(b"x-portkey-mode", b"proxy")], None),
+        ([(b"x-portkey-mode", b"single replicate")], None),
+        ([(b"x-portkey-provider", b"")], None),
+    ],
+)
+def test_the_provider(headers: list[tuple[bytes, bytes]], provider: str | None) -> None:
+    assert portkey.read(headers).provider == provider
+
+
 def test_a_key_in_authorization_is_no_token() -> None:
     context = portkey.read([(b"authorization", b"Bearer pk-1"), (b"x-portkey-provider", b"replicate")])
     assert (context.api_key, context.caller_token) == ("pk-1", None)

@@ -86,7 +86,7 @@ def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
         present=True,
         api_key=api_key or _credential(authorization),
         caller_token=_caller_token(api_key, authorization, asked.api_key),
-        provider=texts.get(b"provider") or None,
+        provider=texts.get(b"provider") or _mode_s_provider(texts.get(b"mode")),
         virtual_key=texts.get(b"virtual-key") or None,
         config=config,
         request_timeout=_milliseconds("x-portkey-request-timeout", texts.get(b"request-timeout") or asked.timeout),
@@ -98,6 +98,12 @@ def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
         metadata=metadata,
         metadata_invalid=metadata_invalid,
     )
+
+
+def _mode_s_provider(mode: str | None) -> str | None:
+    """`createHeaders(mode="replicate")` of older SDKs sends `proxy replicate`."""
+    words = (mode or "").split()
+    return words[1] if len(words) == 2 and words[0] == "proxy" else None
 
 
 def _credential(authorization: str | None) -> str | None:
