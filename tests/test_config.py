@@ -75,6 +75,8 @@ def test_what_can_be_set(options: dict[str, Any]) -> None:
         ({"proxy_streams": True, "stream_key": "short"}, "stream_key"),
         ({"stream_hosts": "stream.replicate.com"}, "stream_hosts: a list"),
         ({"stream_lifetime": 0}, "stream_lifetime"),
+        ({"stream_lifetime": 86401}, "stream_lifetime"),
+        ({"stream_timeout": 0}, "stream_timeout"),
     ],
 )
 def test_what_cannot(options: dict[str, Any], named: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import anyio
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from replicate_proxy_mw import (
     Forward,
@@ -527,6 +529,86 @@ async def test_what_the_server_s_receive_raises_is_the_host_s(upstream: RawUpstr
     with pytest.raises(TooLarge):
         await app(http_scope("POST"), receive, Caller().send)
     await app.aclose()
+
+
+# --- streams
+
+
+def _stream_host(connection: Connection) -> None:
+    """Answers a create with a link to a stream, and that link with one event."""
+    while (request := connection.request()) is not None:
+        if request.line.startswith(b"POST"):
+            stream = f"http://127.0.0.1:{connection.upstream.port}/v1/files/opaque?sig=1"
+            connection.answer(json.dumps({"id": "p1", "urls": {"stream": stream}}).encode(), status=b"201 Created")
+        else:
+            connection.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n")
+            connection.send(b"transfer-encoding: chunked\r\n\r\n14\r\nevent: done\ndata:1\n\n\r\n")
+            if connection.upstream.go_on.wait(0.2):
+                connection.wait_closed()
+            connection.send(b"0\r\n\r\n")
+
+
+def _streaming(upstream: RawUpstream, **more: Any) -> Any:
+    options = {"proxy_streams": True, "stream_key": "k" * 32, "stream_hosts": [f"127.0.0.1:{upstream.port}"]}
+    return proxy(upstream.url, options=options | more.pop("options", {}), **more)
+
+
+async def _stream_path(app: Any) -> str:
+    caller = await Caller().call(app, http_scope("POST", "/v1/predictions"))
+    stream: str = json.loads(caller.content)["urls"]["stream"]
+    assert stream.startswith("http://proxy.test/v1/-/streams/")
+    return stream.removeprefix("http://proxy.test")
+
+
+async def test_a_stream_is_read_through_the_proxy_without_a_key(upstream: RawUpstream) -> None:
+    upstream.script = _stream_host
+    app = _streaming(upstream)
+    path = await _stream_path(app)
+    caller = await call(app, http_scope(target=path, headers=[(b"last-event-id", b"7"), (b"cookie", b"sid=1")]))
+    assert (caller.status, caller.content) == (200, b"event: done\ndata:1\n\n")
+    assert caller.header(b"content-type") == [b"text/event-stream"]
+    received = upstream.requests[-1]
+    assert received.line == b"GET /v1/files/opaque?sig=1 HTTP/1.1"
+    assert received.header(b"authorization") == received.header(b"cookie") == []
+    assert received.header(b"last-event-id") == [b"7"]
+
+
+async def test_a_stream_url_on_no_span(
+    upstream: RawUpstream, tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    upstream.script = _stream_host
+    app = _streaming(upstream, tracer_provider=tracer_provider)
+    path = await _stream_path(app)
+    await call(app, http_scope(target=path, headers=[]))
+    spans = exporter.get_finished_spans()
+    assert not any(path.rpartition("/")[2] in span.to_json() for span in spans)
+    attributes = spans[-1].attributes or {}
+    assert spans[-1].name == "GET /v1/-/streams/{token}"
+    assert (attributes["url.path"], attributes["replicate_proxy.outcome"]) == ("/v1/-/streams/{token}", "forwarded")
+
+
+async def test_a_stream_is_closed_when_its_reader_leaves(upstream: RawUpstream) -> None:
+    upstream.script = _stream_host
+    upstream.go_on.set()
+    app = _streaming(upstream)
+    path = await _stream_path(app)
+    caller = Caller()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, http_scope(target=path, headers=[]))
+        await caller.got_chunk.wait()
+        caller.left.set()
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    await app.aclose()
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "status"),
+    [({}, "/v1/-/streams/forged.token", 404), ({"proxy_streams": False}, "/v1/-/streams/x", 401)],
+)
+async def test_what_is_no_stream(upstream: RawUpstream, options: dict[str, Any], path: str, status: int) -> None:
+    caller = await call(_streaming(upstream, options=options), http_scope(target=path, headers=[]))
+    assert (caller.status, _error(caller)["status"]) == (status, status)
+    assert not upstream.connections
 
 
 # --- callers who leave

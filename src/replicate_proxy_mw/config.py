@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import SplitResult, quote, urlsplit
 
 from .headers import NEVER
 from .portkey import MAX_ATTEMPTS
 
-# Hosts that were seen in `urls.stream`.
+# Hosts that were seen in `urls.stream`, and the one in Replicate's documentation of streams.
 STREAM_HOSTS = (
     "stream.replicate.com",
+    "streaming.api.replicate.com",
     "streaming-api.svc.us.c.replicate.net",
     "streaming-api.svc.rno2.c.replicate.net",
 )
@@ -51,11 +52,14 @@ class ProxyConfig:
     proxy_streams: bool = False
     """Whether `urls.stream` leads through the proxy, below `/-/streams/`. Not by default: it needs `stream_key`."""
 
-    stream_key: str | None = None
+    stream_key: str | None = field(default=None, repr=False)
     """The secret that signs stream URLs: at least 32 characters, the same in all replicas."""
 
     stream_lifetime: float = 3600.0
     """For how long a stream URL can be used: Replicate deletes a prediction's output after an hour."""
+
+    stream_timeout: float = 600.0
+    """Between two events of a stream: a model that has to be started first may be silent for minutes."""
 
     stream_hosts: Sequence[str] = STREAM_HOSTS
     """Where streams may come from: hosts, or `*.` and a domain, with a port if it has one. No other is proxied."""
@@ -102,6 +106,7 @@ class ProxyConfig:
             "connection_wait",
             "resolver_timeout",
             "stream_lifetime",
+            "stream_timeout",
         ):
             if not getattr(self, option) > 0:
                 raise ValueError(f"{option}: must be more than 0 seconds")
@@ -113,6 +118,8 @@ class ProxyConfig:
             _check_url("public_url", self.public_url)
         if self.proxy_streams and len(self.stream_key or "") < 32:
             raise ValueError("stream_key: must have at least 32 characters, for proxy_streams")
+        if not self.stream_lifetime <= 86400:
+            raise ValueError("stream_lifetime: must be at most a day, since a URL cannot be taken back")
         _names("stream_hosts", self.stream_hosts)
         for option in ("forward_headers", "return_headers"):
             for name in _names(option, getattr(self, option)):
@@ -151,11 +158,11 @@ def _check_url(option: str, value: str) -> SplitResult:
 
 def _check_upstream(upstream: str) -> None:
     url = _check_url("upstream", upstream)
-    if url.scheme == "http" and not _is_loopback(url.hostname or ""):
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
         raise ValueError("upstream: must be https, since the token goes there; plain http only to loopback")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -5,8 +5,10 @@
     ├── KeyMissing              401  key_missing
     ├── KeyUnknown              401  key_unknown
     ├── PermissionDenied        403  permission_denied
+    ├── StreamUnknown           404  stream_unknown
     ├── MethodNotAllowed        405  method_not_allowed
     ├── RequestTimeout          408  request_timeout         the caller's own limit
+    ├── StreamExpired           410  stream_expired
     ├── LimitExceeded           429  limit_exceeded
     ├── ClientDisconnected      499  client_disconnected     nobody is left to read it
     ├── UpstreamUnreachable     502  upstream_unreachable    not one byte was sent
@@ -87,6 +89,13 @@ class PermissionDenied(ProxyError):
     message = "This API key may not do that."
 
 
+class StreamUnknown(ProxyError):
+    status = 404
+    code = "stream_unknown"
+    outcome = "denied"
+    message = "There is no stream at this URL."
+
+
 class MethodNotAllowed(ProxyError):
     status = 405
     code = "method_not_allowed"
@@ -104,6 +113,13 @@ class RequestTimeout(ProxyError):
 
     def __init__(self, seconds: float = 0) -> None:
         super().__init__(f"Request exceeded the timeout sent in the request: {seconds * 1000:.0f}ms")
+
+
+class StreamExpired(ProxyError):
+    status = 410
+    code = "stream_expired"
+    outcome = "denied"
+    message = "This stream URL has expired: read the prediction again for a new one."
 
 
 class LimitExceeded(ProxyError):

@@ -14,11 +14,14 @@ import anyio
 from . import headers, portkey, routing
 from .config import ProxyConfig
 from .egress import Reply, complete, render
+from .endpoints import stream_urls
+from .endpoints.streams import StreamEndpoint
 from .errors import ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
 from .exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
+from .layers.links import rewrite_links
 from .layers.resend import resend
 from .layers.unwrap import unwrap_data
 from .layers.whole import whole_creates
@@ -78,16 +81,35 @@ class ReplicateProxyMiddleware:
             tracer_provider=tracer_provider,
         )
         self._upstream = Upstream(config, transport)
+        self._streams = self._stream_endpoint()
         self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
         for layer in reversed(self._layers(layers)):
             self._forward = layer(self._forward)
+
+    def _stream_endpoint(self) -> StreamEndpoint | None:
+        config = self._config
+        if not config.proxy_streams or config.stream_key is None:
+            return None
+        return StreamEndpoint(
+            key=config.stream_key,
+            lifetime=config.stream_lifetime,
+            hosts=config.stream_hosts,
+            send=self._upstream.send,
+            timeout=self._upstream.timeout | {"read": config.stream_timeout},
+        )
 
     def _layers(self, of_the_host: Sequence[Layer]) -> list[Layer]:
         """From the outside in. The host's own see bodies unwrapped and links as Replicate wrote them."""
         config = self._config
         outer = [unwrap_data] if config.unwrap_data else []
+        links = rewrite_links(
+            upstream=config.upstream,
+            prefix=config.prefix,
+            public_url=config.public_url,
+            stream_path=self._streams.path_for if self._streams else None,
+        )
         inner = [whole_creates, request_timeout, resend(attempts=config.safe_retries)]
-        return [*outer, *of_the_host, *inner]
+        return [*outer, links, *of_the_host, *inner]
 
     # A plain function that returns a coroutine would be taken for ASGI 2 by uvicorn and hypercorn.
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -130,13 +152,19 @@ class ReplicateProxyMiddleware:
     async def _exchange(
         self, scope: Mapping[str, Any], path: str, body: RequestBody, reply: Reply, *, repaired: bool
     ) -> None:
-        route = routing.match(scope["method"], path)
+        streams = self._streams if path.startswith(stream_urls.PATH) else None
+        route = routing.STREAM if streams else routing.match(scope["method"], path)
         with self._telemetry.request(scope, route) as span:
             failure: Exception | None = None
             try:
-                request = await self._admit(scope, path, route, body, span)
-                request = replace(request, repaired_path=repaired) if repaired else request
-                relay = partial(self._relay, request, body, reply, span.id)
+                if streams:
+                    await body.begin()
+                    body.abandon()
+                    relay = partial(self._relay_stream, streams, scope, path, reply, span)
+                else:
+                    request = await self._admit(scope, path, route, body, span)
+                    request = replace(request, repaired_path=repaired) if repaired else request
+                    relay = partial(self._relay, request, body, reply, span.id)
                 await while_connected(body, relay, ending=lambda: reply.ending)
             except Exception as error:
                 failure = error
@@ -204,12 +232,17 @@ class ReplicateProxyMiddleware:
             trace_id = request.portkey.trace_id or request_id
             await reply.relay(complete(response, method=request.method, trace_id=trace_id))
         finally:
-            with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
-                for opened in reversed(request.opened):
-                    try:
-                        await opened.aclose()
-                    except Exception as error:  # the answer is complete, or something else is on its way out
-                        logger.warning("closing an answer failed: %s", type(error).__name__)
+            await _close(request.opened)
+
+    async def _relay_stream(
+        self, streams: StreamEndpoint, scope: Mapping[str, Any], path: str, reply: Reply, span: RequestSpan
+    ) -> None:
+        response = await streams.open(path=path, method=scope["method"], headers=headers.up(scope["headers"]))
+        span.outcome = "forwarded"
+        try:
+            await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
+        finally:
+            await _close([response])
 
     async def _refuse(
         self, error: Exception, scope: Mapping[str, Any], body: RequestBody, reply: Reply, span: RequestSpan
@@ -229,6 +262,15 @@ class ReplicateProxyMiddleware:
             # To a caller who has left, too: a host around us may insist on an answer.
             answer, trace_id = render(error, request_id=span.id), span.portkey_trace_id or span.id
             await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
+
+
+async def _close(opened: list[ProxyResponse]) -> None:
+    with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
+        for response in reversed(opened):
+            try:
+                await response.aclose()
+            except Exception as error:  # the answer is complete, or something else is on its way out
+                logger.warning("closing an answer failed: %s", type(error).__name__)
 
 
 def _opening(forward: Forward) -> Forward:

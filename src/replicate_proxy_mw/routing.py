@@ -24,14 +24,19 @@ _UNENCODED = re.compile(r"[^\x21-\x7e]|#")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: a path template of the API, its operation if the method has one, and its parameters."""
+    """Where a request goes: a path template of the API, its operation if the method has one, and its parameters.
+
+    `is_secret` says that who knows the path may read what is there: it stands on no span.
+    """
 
     template: str
     operation: str | None = None
     details: Operation | None = field(default=None, repr=False)
     params: Mapping[str, str] = field(default_factory=dict)
+    is_secret: bool = False
 
 
+STREAM = Route("/-/streams/{token}", is_secret=True)
 UNKNOWN = Route("/{path}")
 
 

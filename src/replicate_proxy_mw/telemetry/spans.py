@@ -64,6 +64,8 @@ class Telemetry:
         )
         if span.is_recording():
             span.set_attributes(attributes.of_scope(scope) | attributes.of_route(route))
+            if route.is_secret:
+                span.set_attribute(names.URL_PATH, template)
         observed = RequestSpan(span)
         above = _above.set(observed)
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):

@@ -1,6 +1,6 @@
 """The way to Replicate: one origin, any `httpx.AsyncBaseTransport`."""
 
-from .forward import Upstream
+from .forward import Answer, Upstream, classify
 from .transport import BoundedTransport
 
-__all__ = ["BoundedTransport", "Upstream"]
+__all__ = ["Answer", "BoundedTransport", "Upstream", "classify"]

@@ -42,7 +42,7 @@ class Upstream:
         self._host = (b"host", self._origin.netloc)
         self._cached_url = lru_cache(maxsize=1024)(self._parse)
         self._return_headers = frozenset(name.lower().encode() for name in config.return_headers)
-        self._timeout = {
+        self.timeout = {
             "connect": config.connect_timeout,
             "read": config.read_timeout,
             "write": config.write_timeout,
@@ -73,6 +73,10 @@ class Upstream:
             self._opened.set(opened)
         return opened
 
+    async def send(self, request: httpx.Request) -> httpx.Response:
+        """Send a request that is not for the API, and so without a token."""
+        return await self._transport().handle_async_request(request)
+
     async def forward(self, request: ProxyRequest) -> ProxyResponse:
         """Send `request` once and return as soon as the head of the answer is there.
 
@@ -85,12 +89,12 @@ class Upstream:
         url = self._url(request.target)
         try:
             response = await self._transport().handle_async_request(
-                httpx.Request(request.method, url, headers=sent, stream=body, extensions={"timeout": self._timeout})
+                httpx.Request(request.method, url, headers=sent, stream=body, extensions={"timeout": self.timeout})
             )
         except ProxyError:
             raise
         except Exception as error:
-            failure = _classify(error)
+            failure = classify(error)
         else:
             return await self._answer(response)
         # Raised here and not above, so that the transport's exception, which may hold headers, is not its context.
@@ -98,7 +102,7 @@ class Upstream:
 
     async def _answer(self, response: httpx.Response) -> ProxyResponse:
         assert isinstance(response.stream, httpx.AsyncByteStream)
-        body = _Answer(response.stream)
+        body = Answer(response.stream)
         try:
             # Servers drop the connection when they are asked to send another status, and 101 was not asked for.
             if not 200 <= response.status_code < 600:
@@ -126,7 +130,7 @@ def _framing(request: ProxyRequest) -> tuple[tuple[bytes, bytes], ...]:
     return ()
 
 
-def _classify(error: Exception) -> ProxyError:
+def classify(error: Exception) -> ProxyError:
     if isinstance(error, httpx.PoolTimeout):
         return Overloaded()
     if isinstance(error, httpx.TimeoutException):
@@ -156,14 +160,14 @@ class _Body(httpx.AsyncByteStream):
         return self._body.__aiter__()
 
 
-class _Answer:
+class Answer:
     """The answer's body, undecoded. Whatever ends it too early is one exception that says nothing of the wire."""
 
     def __init__(self, stream: httpx.AsyncByteStream) -> None:
         self._stream = stream
         self._chunks = stream.__aiter__()
 
-    def __aiter__(self) -> _Answer:
+    def __aiter__(self) -> Answer:
         return self
 
     async def __anext__(self) -> bytes:
