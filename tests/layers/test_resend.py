@@ -91,6 +91,7 @@ async def test_a_wait_that_is_too_long_is_the_caller_s(upstream: RawUpstream) ->
     upstream.script = _answers(b"429 Too Many", headers=b"retry-after: 61\r\n")
     caller = await call(proxy(upstream.url), http_scope(headers=[KEY, _config('{"attempts": 2}')]))
     assert (caller.status, caller.header(b"retry-after")) == (429, [b"61"])
+    assert caller.header(b"x-portkey-retry-attempt-count") == [b"0"]
     assert len(upstream.requests) == 1
 
 

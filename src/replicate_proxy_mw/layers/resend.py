@@ -37,43 +37,44 @@ def resend(*, attempts: int, first_wait: float = 1.0) -> Layer:
             if not more:
                 return await forward(request)
             codes = STATUS_CODES if retry is None or retry.status_codes is None else STATUS_CODES & retry.status_codes
-            waited = 0.0
-            for count in range(more + 1):
-                response: ProxyResponse | None = None
-                failure: ProxyError | None = None
-                try:
-                    response = await forward(replace(request, resend_count=count))
-                except ProxyError as error:
-                    failure = error
-                wait = first_wait * 2**count * random.uniform(0.5, 1)
-                if response is not None:
-                    again = request.method in SAFE and response.status in codes
-                    wait = _retry_after(response, wait)
-                else:
-                    again = _may_follow(failure, request.method)
+            count, waited = 0, 0.0
+            while True:
+                came = await _tried(forward, replace(request, resend_count=count))
+                again = _may_follow(came, request.method, codes)
+                wait = _wait(came, first_wait * 2**count)
                 waited += wait
-                if count == more or not again or waited > TOTAL_WAIT:
+                if not again or count == more or waited > TOTAL_WAIT:
                     break
-                if response is not None:
-                    await response.aclose()
+                if isinstance(came, ProxyResponse):
+                    await came.aclose()
                 await anyio.sleep(wait)
-            if failure is not None:
-                raise failure
-            assert response is not None
-            told = (b"x-portkey-retry-attempt-count", b"-1" if again else str(count).encode())
-            return replace(response, headers=(*response.headers, told))
+                count += 1
+            if isinstance(came, ProxyError):
+                raise came
+            told = b"-1" if again and count == more else str(count).encode()
+            return replace(came, headers=(*came.headers, (b"x-portkey-retry-attempt-count", told)))
 
         return resending
 
     return layer
 
 
-def _may_follow(failure: ProxyError | None, method: str) -> bool:
-    nothing_sent = isinstance(failure, (UpstreamUnreachable, Overloaded))
-    return nothing_sent or (isinstance(failure, UpstreamFailed) and method in SAFE)
+async def _tried(forward: Forward, request: ProxyRequest) -> ProxyResponse | ProxyError:
+    try:
+        return await forward(request)
+    except ProxyError as error:
+        return error
 
 
-def _retry_after(response: ProxyResponse, otherwise: float) -> float:
-    """Seconds; the form with a date is one that Replicate does not send."""
-    value = dict(response.headers).get(b"retry-after", b"")
-    return float(value) if value.isdigit() else otherwise
+def _may_follow(came: ProxyResponse | ProxyError, method: str, codes: frozenset[int]) -> bool:
+    """Whether another attempt may follow what came of one."""
+    if isinstance(came, ProxyResponse):
+        return method in SAFE and came.status in codes
+    nothing_sent = isinstance(came, (UpstreamUnreachable, Overloaded))
+    return nothing_sent or (isinstance(came, UpstreamFailed) and method in SAFE)
+
+
+def _wait(came: ProxyResponse | ProxyError, otherwise: float) -> float:
+    """Seconds until the next attempt; the form of `Retry-After` with a date is one that Replicate does not send."""
+    value = dict(came.headers).get(b"retry-after", b"") if isinstance(came, ProxyResponse) else b""
+    return float(value) if value.isdigit() else otherwise * random.uniform(0.5, 1)
