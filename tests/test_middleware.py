@@ -84,6 +84,14 @@ async def test_below_a_root_path(upstream: RawUpstream, target: str, root_path: 
     assert caller.content == (b"{}" if ours else b"host")
 
 
+@pytest.mark.parametrize(("app_root_path", "ours"), [("/api", True), ("", False), (None, False)])
+async def test_a_mount_below_a_root_that_the_server_took_off(
+    upstream: RawUpstream, app_root_path: str | None, ours: bool
+) -> None:
+    scope = http_scope(target="/team/v1/x", root_path="/api/team", app_root_path=app_root_path)
+    assert (await call(proxy(upstream.url), scope)).content == (b"{}" if ours else b"host")
+
+
 async def test_a_prefix_that_is_percent_encoded(upstream: RawUpstream) -> None:
     app = proxy(upstream.url, options={"prefix": "/a%20b"})
     assert (await call(app, http_scope(target="/a%20b/x"))).content == b"{}"

@@ -116,7 +116,7 @@ class ReplicateProxyMiddleware:
         if scope["type"] == "http":
             # A quick no for the host's own requests, each of which passes here: the decoded path says enough for that.
             path, prefix, root = scope["path"], self._decoded_prefix, scope.get("root_path")
-            if path.startswith(prefix) or (root and path.startswith(prefix, len(root))):
+            if path.startswith(prefix) or (root and prefix in path):
                 claimed = self._claim(scope)
                 if claimed is not None:
                     below, repaired = claimed

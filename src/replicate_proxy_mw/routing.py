@@ -80,6 +80,9 @@ def path_of(scope: Mapping[str, Any]) -> str:
     if raw is not None and path != decoded and "\ufffd" not in decoded and unquote(path) != decoded:
         path = quote(decoded, safe=_PATH_SAFE)
     root: str = scope.get("root_path") or ""
+    if not decoded.startswith(root + "/"):
+        # A mount below an app whose own root the server has taken off: Starlette tells the latter apart.
+        root = root.removeprefix(scope.get("app_root_path") or "")
     if not root.strip("/") or not decoded.startswith(root + "/"):
         return path
     # Segment by segment, since `root_path` is decoded and `path` is not.

@@ -299,6 +299,11 @@ def test_what_lies_above_the_prefix(target: str, root_path: str | None, raw: boo
     assert reached(scope, "/v1") == f"http://proxy.test{above}/v1"
 
 
+def test_what_lies_above_a_mount_whose_app_has_a_root_too() -> None:
+    scope = http_scope(target="/team/v1/x", root_path="/api/team", app_root_path="/api")
+    assert root(scope) == "/api/team"
+
+
 # --- the layer
 
 LIST_BODY = (

@@ -108,8 +108,9 @@ def root(scope: Mapping[str, Any]) -> str:
     given: str = (scope.get("root_path") or "").rstrip("/")
     if not given:
         return ""
-    whole = routing.path_of({**scope, "root_path": ""})
-    return whole.removesuffix(routing.path_of(scope)) or routing.path_of({"path": given})
+    if not scope["path"].startswith(given + "/"):
+        return routing.path_of({"path": given})
+    return routing.path_of({**scope, "root_path": ""}).removesuffix(routing.path_of(scope))
 
 
 def _is_host(value: str) -> bool:
