@@ -63,6 +63,7 @@ def test_what_can_be_set(options: dict[str, Any]) -> None:
         ({"connection_wait": 0}, "connection_wait"),
         ({"resolver_timeout": 0}, "resolver_timeout"),
         ({"max_connections": 0}, "max_connections"),
+        ({"max_streams": 0}, "max_streams"),
         ({"forward_headers": ["Authorization"]}, "forward_headers: 'Authorization' is never"),
         ({"forward_headers": ["x-portkey-api-key"]}, "forward_headers"),
         ({"forward_headers": "x-mine"}, "forward_headers: a list"),

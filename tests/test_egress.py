@@ -143,6 +143,9 @@ def test_a_trace_id_never_breaks_the_header() -> None:
         (304, [], None),
         (200, [(b"content-type", b"text/event-stream; charset=utf-8")], b"text/event-stream"),
         (200, [(b"content-type", b"text/event-stream")], b"text/event-stream"),
+        (200, [(b"content-type", b"Text/Event-Stream ;x=1")], b"text/event-stream"),
+        (200, [(b"content-type", b"")], b"application/octet-stream"),
+        (200, [(b"content-type", b"a/b"), (b"content-type", b"c/d")], b"a/b"),
         (200, [(b"content-type", b"text/plain; charset=utf-8")], b"text/plain; charset=utf-8"),
     ],
 )
@@ -150,6 +153,13 @@ def test_every_answer_has_a_content_type(
     status: int, headers: list[tuple[bytes, bytes]], content_type: bytes | None
 ) -> None:
     assert _complete(status, *headers).get(b"content-type") == content_type
+
+
+def test_what_is_told_is_told_once() -> None:
+    sent = ((b"x-should-retry", b"true"), (b"content-type", b"a/b"), (b"content-type", b"c/d"))
+    response = complete(ProxyResponse(status=500, headers=sent, body=Chunks([])), method="POST", trace_id="t")
+    assert [value for name, value in response.headers if name == b"x-should-retry"] == [b"false"]
+    assert [value for name, value in response.headers if name == b"content-type"] == [b"a/b"]
 
 
 @pytest.mark.parametrize(("method", "told"), [("POST", True), ("PATCH", True), ("GET", False), ("DELETE", False)])

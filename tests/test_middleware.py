@@ -165,6 +165,12 @@ async def test_what_node_s_sdks_make_of_a_path_is_repaired(upstream: RawUpstream
     assert upstream.requests[0].line == b"POST " + sent + b" HTTP/1.1"
 
 
+@pytest.mark.parametrize("target", ["/v1/predictions", "/v1predictions", "/v1//predictions", "/v1/%70redictions"])
+async def test_no_repair_takes_from_the_host_what_it_keeps(upstream: RawUpstream, target: str) -> None:
+    app = proxy(upstream.url, options={"exclude": ["/v1/predictions"]})
+    assert (await call(app, http_scope("POST", target))).content == b"host"
+
+
 @pytest.mark.parametrize("target", ["/v1predictions", "/v1[object%20Object]"])
 async def test_without_portkey_s_headers_such_paths_are_the_host_s(upstream: RawUpstream, target: str) -> None:
     scope = http_scope("POST", target, [(b"authorization", b"Bearer pk-team-a")])
@@ -318,6 +324,18 @@ async def test_bodies_that_have_no_meaning_are_dropped(upstream: RawUpstream, me
     assert (await call(app, http_scope(method, headers=[KEY, (b"accept", b"*/*")]), *[b"x"] * 9)).status == 200
     for received in upstream.requests:
         assert [name for name, _ in received.headers] == [b"host", b"accept", b"authorization"]
+
+
+async def test_a_layer_sees_that_a_get_has_no_body(upstream: RawUpstream) -> None:
+    def layer(forward: Forward) -> Forward:
+        async def reading(request: ProxyRequest) -> ProxyResponse:
+            body = b"".join([chunk async for chunk in request.body])
+            return ProxyResponse.json(200, {"size": len(body)})
+
+        return reading
+
+    caller = await call(proxy(upstream.url, layers=[layer]), http_scope(), b"a", b"b")
+    assert caller.content == b'{"size":0}'
 
 
 async def test_the_documented_call_of_portkey_s_sdk_is_unwrapped(upstream: RawUpstream) -> None:
@@ -593,6 +611,32 @@ async def test_a_stream_url_on_no_span(
     attributes = spans[-1].attributes or {}
     assert spans[-1].name == "GET /v1/-/streams/{token}"
     assert (attributes["url.path"], attributes["replicate_proxy.outcome"]) == ("/v1/-/streams/{token}", "forwarded")
+
+
+async def test_streams_keep_no_connection_of_the_api(upstream: RawUpstream) -> None:
+    upstream.script = _stream_host
+    upstream.go_on.set()
+    app = _streaming(upstream, options={"max_connections": 1, "max_streams": 1, "connection_wait": 0.1})
+    path = await _stream_path(app)
+    reader = Caller()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(reader.call, app, http_scope(target=path, headers=[]))
+        await reader.got_chunk.wait()
+        assert (await Caller().call(app, http_scope(target=path, headers=[]))).status == 503
+        assert await _stream_path(app)
+        reader.left.set()
+    await app.aclose()
+
+
+@pytest.mark.parametrize("spelling", ["/v1//-/streams/{}", "/v1/%2D/streams/{}", "/v1/-/streams%2F{}"])
+async def test_no_spelling_of_a_stream_url_goes_anywhere(
+    upstream: RawUpstream, tracer_provider: TracerProvider, exporter: InMemorySpanExporter, spelling: str
+) -> None:
+    app = _streaming(upstream, tracer_provider=tracer_provider)
+    caller = await call(app, http_scope(target=spelling.format("the-token")))
+    assert caller.status == 404
+    assert not upstream.connections
+    assert not any("the-token" in span.to_json() for span in exporter.get_finished_spans())
 
 
 async def test_a_stream_is_closed_when_its_reader_leaves(upstream: RawUpstream) -> None:

@@ -143,12 +143,15 @@ def test_the_header_beats_the_config() -> None:
         (b'{"request_timeout": "soon"}', "request_timeout"),
         (b'{"request_timeout": []}', "request_timeout"),
         (b'{"request_timeout": 0}', "request_timeout"),
+        (b'{"request_timeout": true}', "request_timeout"),
+        (b'{"request_timeout": 1' + b"0" * 400 + b"}", "request_timeout"),
         (b'{"retry": 3}', "retry is"),
         (b'{"retry": {}}', "retry.attempts"),
         (b'{"retry": {"attempts": true}}', "retry.attempts"),
         (b'{"retry": {"attempts": 6}}', "retry.attempts"),
         (b'{"retry": {"attempts": 1, "on_status_codes": 503}}', "retry.on_status_codes"),
         (b'{"retry": {"attempts": 1, "on_status_codes": ["503"]}}', "retry.on_status_codes"),
+        (b'{"retry": {"attempts": 1, "on_status_codes": [true]}}', "retry.on_status_codes"),
         (b'{"retry": {"attempts": 1, "use_retry_after_headers": 1}}', "retry.use_retry_after_headers"),
     ],
 )
@@ -172,6 +175,15 @@ def test_printing_a_context_shows_no_secret() -> None:
     headers = [(b"x-portkey-" + name, b"secret") for name in (b"api-key", b"virtual-key", b"config")]
     headers.append((b"authorization", b"Bearer secret-token"))
     assert "secret" not in repr(portkey.read(headers))
+
+
+@pytest.mark.parametrize("trace_id", [b"a" * 255 + b" " + b"b", b"a\x01b\x7f", b" \t", b"\x01"])
+def test_no_trace_id_makes_a_header_that_a_server_refuses(trace_id: bytes) -> None:
+    context = portkey.read([(b"x-portkey-trace-id", trace_id)])
+    echoed = dict(portkey.answer(trace_id=context.trace_id or "new", sent=()))[b"x-portkey-trace-id"]
+    assert echoed == echoed.strip()
+    assert echoed.decode().isprintable()
+    assert echoed
 
 
 def test_texts_are_cut() -> None:

@@ -43,6 +43,7 @@ def test_an_empty_prefix_holds_everything() -> None:
         # an outer middleware that rewrote the path alone
         (b"/old/x", "/v1/x", "", "/v1/x"),
         (b"/old/a%20b", "/v1/a b", "", "/v1/a%20b"),
+        (b"/v1/a/%EF%BF%BD", "/v1/b/\ufffd", "", "/v1/b/%EF%BF%BD"),
     ],
 )
 def test_the_path_is_read_as_it_came(raw_path: bytes | None, path: str, root_path: str, expected: str) -> None:
@@ -76,6 +77,22 @@ def test_no_spelling_hides_an_operation(path: str, operation: str) -> None:
 
 def test_a_model_in_one_segment() -> None:
     assert routing.match("GET", "/models/a%2Fb").params == {"model_owner": "a", "model_name": "b"}
+
+
+@pytest.mark.parametrize(
+    ("path", "excluded"),
+    [
+        ("/v1/own", True),
+        ("/v1/own/x", True),
+        ("/v1/%6fwn", True),
+        ("/v1//own", True),
+        ("/v1/own%2Fx", True),
+        ("/v1/owner", False),
+        ("/v1/x/own", False),
+    ],
+)
+def test_no_spelling_takes_from_the_host_what_it_keeps(path: str, excluded: bool) -> None:
+    assert routing.is_excluded([path], ["/v1/own", "/v1/a%20b"]) is excluded
 
 
 PORTKEY = [(b"accept", b"*/*"), (b"x-portkey-provider", b"@replicate")]

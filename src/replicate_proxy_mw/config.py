@@ -61,6 +61,10 @@ class ProxyConfig:
     stream_timeout: float = 600.0
     """Between two events of a stream: a model that has to be started first may be silent for minutes."""
 
+    max_streams: int = 500
+    """Streams read through the proxy at a time, apart from `max_connections`: whoever has such a URL needs no key, and
+    must not be able to keep the API's connections."""
+
     stream_hosts: Sequence[str] = STREAM_HOSTS
     """Where streams may come from: hosts, or `*.` and a domain, with a port if it has one. No other is proxied."""
 
@@ -110,8 +114,9 @@ class ProxyConfig:
         ):
             if not getattr(self, option) > 0:
                 raise ValueError(f"{option}: must be more than 0 seconds")
-        if self.max_connections < 1:
-            raise ValueError("max_connections: must be at least 1")
+        for option in ("max_connections", "max_streams"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option}: must be at least 1")
         if not 0 <= self.safe_retries <= MAX_ATTEMPTS:
             raise ValueError(f"safe_retries: must be from 0 to {MAX_ATTEMPTS}")
         if self.public_url is not None:

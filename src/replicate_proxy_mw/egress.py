@@ -71,14 +71,16 @@ def complete(response: ProxyResponse, *, method: str, trace_id: str) -> ProxyRes
     been received. Portkey's SDK for Python fails without a content type even at a 204, the one for Node with a JSON
     type there; with parameters after `text/event-stream` the former takes a stream for JSON.
     """
-    headers = list(response.headers)
-    sent = dict(headers)
-    content_type = sent.get(b"content-type")
-    if content_type is None and response.status != 304:
+    sent = dict(reversed(response.headers))
+    content_type = sent.get(b"content-type", b"")
+    headers = [pair for pair in response.headers if pair[0] not in (b"content-type", b"x-should-retry")]
+    if content_type.partition(b";")[0].strip().lower() == b"text/event-stream":
+        content_type = b"text/event-stream"
+    elif not content_type and response.status != 304:
         bodiless = response.status == 204 or sent.get(b"content-length") == b"0"
-        headers.append((b"content-type", b"text/plain" if bodiless else b"application/octet-stream"))
-    elif content_type is not None and content_type.lower().startswith(b"text/event-stream;"):
-        headers = [(name, b"text/event-stream" if name == b"content-type" else value) for name, value in headers]
+        content_type = b"text/plain" if bodiless else b"application/octet-stream"
+    if content_type:
+        headers.insert(0, (b"content-type", content_type))
     if (response.status >= 500 or response.status in (408, 409)) and method not in IDEMPOTENT:
         headers.append((b"x-should-retry", b"false"))
     headers += portkey.answer(trace_id=trace_id, sent=sent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,14 @@ from .egress import Reply, complete, render
 from .endpoints import stream_urls
 from .endpoints.streams import StreamEndpoint
 from .errors import ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
-from .exchange import Forward, Layer, ProxyRequest, ProxyResponse
+from .exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
 from .layers.links import rewrite_links
 from .layers.resend import resend
 from .layers.unwrap import unwrap_data
-from .layers.whole import whole_creates
+from .layers.whole import whole_answers
 from .telemetry import RequestSpan, Telemetry
 from .upstream import Upstream
 
@@ -81,6 +81,7 @@ class ReplicateProxyMiddleware:
             tracer_provider=tracer_provider,
         )
         self._upstream = Upstream(config, transport)
+        self._stream_hosts = Upstream(replace(config, max_connections=config.max_streams), transport)
         self._streams = self._stream_endpoint()
         self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
         for layer in reversed(self._layers(layers)):
@@ -94,21 +95,21 @@ class ReplicateProxyMiddleware:
             key=config.stream_key,
             lifetime=config.stream_lifetime,
             hosts=config.stream_hosts,
-            send=self._upstream.send,
-            timeout=self._upstream.timeout | {"read": config.stream_timeout},
+            send=self._stream_hosts.send,
+            timeout=self._stream_hosts.timeout | {"read": config.stream_timeout},
         )
 
     def _layers(self, of_the_host: Sequence[Layer]) -> list[Layer]:
         """From the outside in. The host's own see bodies unwrapped and links as Replicate wrote them."""
         config = self._config
-        outer = [unwrap_data] if config.unwrap_data else []
+        outer = [request_timeout, *([unwrap_data] if config.unwrap_data else [])]
         links = rewrite_links(
             upstream=config.upstream,
             prefix=config.prefix,
             public_url=config.public_url,
             stream_path=self._streams.path_for if self._streams else None,
         )
-        inner = [whole_creates, request_timeout, resend(attempts=config.safe_retries)]
+        inner = [whole_answers, resend(attempts=config.safe_retries)]
         return [*outer, links, *of_the_host, *inner]
 
     # A plain function that returns a coroutine would be taken for ASGI 2 by uvicorn and hypercorn.
@@ -130,6 +131,7 @@ class ReplicateProxyMiddleware:
     async def aclose(self) -> None:
         """Close the connections of this event loop: for hosts that have no lifespan."""
         await self._upstream.aclose()
+        await self._stream_hosts.aclose()
 
     def _closing(self, send: Any) -> Any:
         async def closing(message: Any) -> None:
@@ -143,16 +145,18 @@ class ReplicateProxyMiddleware:
     def _claim(self, scope: Mapping[str, Any]) -> tuple[str, bool] | None:
         """The path below the prefix and whether it had to be repaired, None if the request is the host's."""
         path = routing.path_of(scope)
-        if not path.startswith(self._prefix) or any(routing.within(path, own) for own in self._config.exclude):
+        if not path.startswith(self._prefix):
             return None
         below = path[len(self._prefix) :]
         meant = routing.meant(scope["method"], below, scope["headers"])
-        return None if meant is None else (meant, meant != below)
+        if meant is None or routing.is_excluded((path, self._prefix + meant), self._config.exclude):
+            return None
+        return meant, meant != below
 
     async def _exchange(
         self, scope: Mapping[str, Any], path: str, body: RequestBody, reply: Reply, *, repaired: bool
     ) -> None:
-        streams = self._streams if path.startswith(stream_urls.PATH) else None
+        streams = self._streams if self._streams and stream_urls.is_meant(path) else None
         route = routing.STREAM if streams else routing.match(scope["method"], path)
         with self._telemetry.request(scope, route) as span:
             failure: Exception | None = None
@@ -208,16 +212,17 @@ class ReplicateProxyMiddleware:
         span.tenant(key.tenant)
         await body.begin(declared)
         length = body.whole if declared is None else declared
+        content: AsyncIterable[bytes] = body
         if scope["method"] in ("GET", "HEAD"):
             # Portkey's asynchronous SDK sends `{}` along; content has no meaning there (RFC 9110, section 9.3.1).
             body.abandon()
-            kept, length = headers.without_content(kept), 0
+            content, kept, length = Chunks([]), headers.without_content(kept), 0
         return ProxyRequest(
             method=scope["method"],
             target=target,
             route=route,
             headers=kept,
-            body=body,
+            body=content,
             content_length=length,
             key=key,
             portkey=caller,

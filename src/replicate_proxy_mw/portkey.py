@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -158,10 +159,10 @@ def _retry(retry: object) -> Retry | None:
     if not isinstance(retry, dict):
         raise BadRequest("x-portkey-config: retry is not an object.")
     attempts = retry.get("attempts")
-    if not isinstance(attempts, int) or isinstance(attempts, bool) or not 0 <= attempts <= MAX_ATTEMPTS:
+    if type(attempts) is not int or not 0 <= attempts <= MAX_ATTEMPTS:
         raise BadRequest(f"x-portkey-config: retry.attempts is not a whole number from 0 to {MAX_ATTEMPTS}.")
     codes = retry.get("on_status_codes")
-    if codes is not None and not (isinstance(codes, list) and all(isinstance(code, int) for code in codes)):
+    if codes is not None and not (isinstance(codes, list) and all(type(code) is int for code in codes)):
         raise BadRequest("x-portkey-config: retry.on_status_codes is not a list of numbers.")
     # Portkey's gateway reads the first spelling, its documentation has the second.
     for name in ("use_retry_after_header", "use_retry_after_headers"):
@@ -175,8 +176,8 @@ def _milliseconds(name: str, value: object) -> float | None:
     if value is None:
         return None
     try:
-        seconds = float(value) / 1000 if isinstance(value, (int, float, str)) else 0
-    except ValueError:
+        seconds = float(value) / 1000 if isinstance(value, (int, float, str)) and value is not True else 0
+    except (ValueError, OverflowError):
         seconds = 0
     if not 0 < seconds < 86400:
         raise BadRequest(f"{name} is not a number of milliseconds above 0.")
@@ -184,7 +185,7 @@ def _milliseconds(name: str, value: object) -> float | None:
 
 
 def _short(text: str | None) -> str | None:
-    return text[:MAX_TEXT] if text else None
+    return (text or "")[:MAX_TEXT].strip() or None
 
 
 def _metadata(text: str | None) -> tuple[Mapping[str, str] | None, bool]:
@@ -212,8 +213,10 @@ def answer(*, trace_id: str, sent: Container[bytes]) -> list[tuple[bytes, bytes]
 
     A trace id that is not empty keeps them from posting again.
     """
+    # A value that a server would refuse to send must not cut the answer to a create.
+    visible = re.sub(r"[^\x20-\x7e]", "?", trace_id).strip()
     headers = (
-        (b"x-portkey-trace-id", trace_id.encode("ascii", "replace")),
+        (b"x-portkey-trace-id", visible.encode()),
         (b"x-portkey-provider", b"replicate"),
         (b"x-portkey-last-used-option-index", b"config"),
         (b"x-portkey-cache-status", b"DISABLED"),

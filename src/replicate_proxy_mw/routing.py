@@ -77,7 +77,7 @@ def path_of(scope: Mapping[str, Any]) -> str:
     decoded: str = scope["path"]
     raw: bytes | None = scope.get("raw_path")
     path = quote(decoded, safe=_PATH_SAFE) if raw is None else raw.decode("latin-1")
-    if raw is not None and path != decoded and "\ufffd" not in decoded and unquote(path) != decoded:
+    if raw is not None and path != decoded and unquote(path) != decoded:
         path = quote(decoded, safe=_PATH_SAFE)
     root: str = scope.get("root_path") or ""
     if not decoded.startswith(root + "/"):
@@ -94,6 +94,12 @@ def path_of(scope: Mapping[str, Any]) -> str:
 def within(path: str, prefix: str) -> bool:
     """Whether `path` is `prefix` or lies below it: `/v1` and `/v1/x`, not `/v1beta`."""
     return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/")
+
+
+def is_excluded(paths: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Whether one of `paths`, however it is spelled, lies within what a host keeps for itself."""
+    plain = [re.sub("/+", "/", unquote(path)) for path in paths]
+    return any(within(path, unquote(own)) for own in exclude for path in plain)
 
 
 def match(method: str, path: str) -> Route:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from replicate_proxy_mw import KeyRequest, MappingKeyResolver, ReplicateKey, StaticKeyResolver
-from replicate_proxy_mw.errors import BadRequest
 from replicate_proxy_mw.keys import KeyResolver
 
 pytestmark = pytest.mark.anyio
@@ -67,10 +66,21 @@ async def test_tokens_that_callers_bring(
     assert kept is (None if token is None else keys["pk-a"])
 
 
-async def test_a_token_that_a_caller_brings_and_that_is_none() -> None:
-    request = replace(_request("pk-a"), provider="replicate", caller_token="short")
-    with pytest.raises(BadRequest):
-        await MappingKeyResolver({"pk-a": TOKEN_A}, caller_tokens=True)(request)
+@pytest.mark.parametrize(
+    "brought",
+    ["unused", "undefined", "sk-xxxxxxxxxxxx", "pk-b", "pk-a=", "r8_known_as_a_key", "r8_short", "r8_0123\n45678"],
+)
+async def test_what_is_no_token_counts_as_not_brought(brought: str) -> None:
+    request = replace(_request("pk-a"), provider="replicate", caller_token=brought)
+    keys: dict[str, ReplicateKey | str] = {"pk-a": ReplicateKey(TOKEN_A), "pk-b": TOKEN_B, "r8_known_as_a_key": TOKEN_B}
+    assert await MappingKeyResolver(keys, caller_tokens=True)(request) is keys["pk-a"]
+
+
+async def test_an_old_token_is_one_too() -> None:
+    request = replace(_request("pk-a"), provider="replicate", caller_token="0123456789" * 4)
+    found = await MappingKeyResolver({"pk-a": TOKEN_A}, caller_tokens=True)(request)
+    assert found is not None
+    assert found.authorization() == b"Bearer " + b"0123456789" * 4
 
 
 def test_a_resolver_without_keys_would_be_an_open_door() -> None:

@@ -33,6 +33,19 @@ async def test_the_caller_s_own_limit(upstream: RawUpstream, limit: tuple[bytes,
     assert upstream.closed.wait(2)
 
 
+async def test_it_ends_no_sooner_than_what_the_caller_sees(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 201 Created\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+        connection.wait_closed()
+
+    upstream.script = script
+    headers = [KEY, (b"x-portkey-request-timeout", b"200")]
+    caller = await call(proxy(upstream.url), http_scope("POST", "/v1/predictions", headers))
+    assert caller.status == 408
+    assert upstream.closed.wait(2)
+
+
 async def test_it_ends_with_the_head_of_the_answer(upstream: RawUpstream) -> None:
     def script(connection: Connection) -> None:
         connection.request()

@@ -80,6 +80,12 @@ async def test_the_house_s_own_number(upstream: RawUpstream) -> None:
     assert (await call(proxy(upstream.url, options={"safe_retries": 1}), http_scope(headers=headers))).status == 503
 
 
+async def test_a_body_that_was_sent_is_gone(upstream: RawUpstream) -> None:
+    upstream.script = _answers(b"503 Unavailable")
+    caller = await call(proxy(upstream.url, options={"safe_retries": 1}), http_scope("OPTIONS"), b"ab", b"c")
+    assert (caller.status, len(upstream.requests)) == (503, 1)
+
+
 async def test_when_all_attempts_are_used_up(upstream: RawUpstream) -> None:
     upstream.script = _answers(*[b"503 Unavailable"] * 9)
     caller = await call(proxy(upstream.url), http_scope(headers=[KEY, _config('{"attempts": 2}')]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import anyio
 import pytest
@@ -18,18 +19,23 @@ CREATES = [
     "/v1/deployments/a/b/predictions",
     "/v1/models/a/b/versions/c/trainings",
     "/v1/files",
+    "/v1/deployments",
+    "/v1/models",
 ]
 
 
-def _cut(connection: Connection) -> None:
+def _cut(connection: Connection, content_type: bytes = b"content-type: application/json\r\n") -> None:
     connection.request()
-    head = b"HTTP/1.1 201 Created\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+    head = b"HTTP/1.1 201 Created\r\n" + content_type + b"content-length: 100\r\n\r\n"
     connection.send(head + b'{"id": "p1"')
 
 
+@pytest.mark.parametrize("content_type", [b"content-type: application/json\r\n", b"content-type: text/html\r\n", b""])
 @pytest.mark.parametrize("target", CREATES)
-async def test_a_create_s_answer_that_is_cut_becomes_a_502(upstream: RawUpstream, target: str) -> None:
-    upstream.script = _cut
+async def test_a_create_s_answer_that_is_cut_becomes_a_502(
+    upstream: RawUpstream, target: str, content_type: bytes
+) -> None:
+    upstream.script = partial(_cut, content_type=content_type)
     caller = await call(proxy(upstream.url), http_scope("POST", target))
     assert (caller.status, json.loads(caller.content)["error"]["code"]) == (502, "upstream_failed")
     assert caller.header(b"x-should-retry") == [b"false"]

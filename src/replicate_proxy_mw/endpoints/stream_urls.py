@@ -7,6 +7,7 @@ import math
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
+from urllib.parse import unquote
 
 import httpx
 
@@ -19,6 +20,11 @@ MAX_URL = 2048  # characters; a path of less than 3 KiB then, where servers and 
 _EXPIRY = 5  # bytes of seconds since the epoch
 _SIGNED = re.compile(PATH + r"([A-Za-z0-9_-]{8,2750})\.([A-Za-z0-9_-]{43})")
 _LISTED = re.compile(r"(\*\.(?=[^.]+\.))?((?:[a-z0-9-]+\.)*[a-z0-9-]+|\[[0-9a-f:]+\])(?::([1-9][0-9]{0,4}))?")
+
+
+def is_meant(path: str) -> bool:
+    """Whether `path` is that of a stream, in any spelling: what it holds is not for Replicate, and not for a span."""
+    return unquote(path).lstrip("/").startswith(PATH.lstrip("/"))
 
 
 class StreamUrls:

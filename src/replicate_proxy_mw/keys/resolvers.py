@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
-from ..errors import BadRequest
 from .contract import KeyRequest, ReplicateKey
+
+# The form of Replicate's tokens, and that of the old ones.
+_REPLICATE_TOKEN = re.compile(r"r8_[A-Za-z0-9_]{8,128}|[0-9a-f]{40}")
 
 
 def _digest(api_key: str) -> bytes:
@@ -41,7 +44,8 @@ class MappingKeyResolver:
     Args:
         keys: at least one.
         caller_tokens: whether a known caller that says `x-portkey-provider: replicate` may bring its own token, which
-            is then used for its tenant. Not by default: the house's tokens are what it knows and pays for.
+            is then used for its tenant; what is none of Replicate's counts as not brought. Not by default: the
+            house's tokens are what it knows and pays for.
     """
 
     def __init__(self, keys: Mapping[str, ReplicateKey | str], *, caller_tokens: bool = False) -> None:
@@ -54,12 +58,13 @@ class MappingKeyResolver:
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
         key = self._keys.get(_digest(request.api_key))
-        if key is None or not self._caller_tokens or request.provider != "replicate" or not request.caller_token:
+        token = request.caller_token
+        if key is None or not self._caller_tokens or request.provider != "replicate" or not token:
             return key
-        try:
-            return ReplicateKey(request.caller_token, tenant=key.tenant)
-        except ValueError:
-            raise BadRequest("The token that you bring is none of Replicate's.") from None
+        # SDKs put all sorts of words there, and a caller may have mixed up two keys: those go nowhere.
+        if not _REPLICATE_TOKEN.fullmatch(token) or _digest(token) in self._keys:
+            return key
+        return ReplicateKey(token, tenant=key.tenant)
 
 
 def _not_empty(api_keys: Iterable[str]) -> list[str]:

@@ -79,7 +79,8 @@ def rewrite_links(
             if rewrite is not None and _is_readable(located):
                 located, in_body = await _with_links(located, rewrite)
                 changed = changed or in_body
-            return _for_one_caller(located) if changed and public_url is None else located
+            # By its Host header, or with a stream that whoever has the URL may read.
+            return _for_one_caller(located) if changed and (public_url is None or stream_path) else located
 
         return rewriting
 

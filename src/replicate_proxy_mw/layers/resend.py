@@ -40,7 +40,7 @@ def resend(*, attempts: int, first_wait: float = 1.0) -> Layer:
             count, waited = 0, 0.0
             while True:
                 came = await _tried(forward, replace(request, resend_count=count))
-                again = _may_follow(came, request.method, codes)
+                again = _may_follow(came, request, codes)
                 wait = _wait(came, first_wait * 2**count)
                 waited += wait
                 if not again or count == more or waited > TOTAL_WAIT:
@@ -66,12 +66,12 @@ async def _tried(forward: Forward, request: ProxyRequest) -> ProxyResponse | Pro
         return error
 
 
-def _may_follow(came: ProxyResponse | ProxyError, method: str, codes: frozenset[int]) -> bool:
-    """Whether another attempt may follow what came of one."""
+def _may_follow(came: ProxyResponse | ProxyError, request: ProxyRequest, codes: frozenset[int]) -> bool:
+    """Whether another attempt may follow what came of one. A body that was sent is gone."""
+    repeatable = request.method in SAFE and request.content_length == 0
     if isinstance(came, ProxyResponse):
-        return method in SAFE and came.status in codes
-    nothing_sent = isinstance(came, (UpstreamUnreachable, Overloaded))
-    return nothing_sent or (isinstance(came, UpstreamFailed) and method in SAFE)
+        return repeatable and came.status in codes
+    return isinstance(came, (UpstreamUnreachable, Overloaded)) or (isinstance(came, UpstreamFailed) and repeatable)
 
 
 def _wait(came: ProxyResponse | ProxyError, otherwise: float) -> float:

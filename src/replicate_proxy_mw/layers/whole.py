@@ -1,4 +1,4 @@
-"""The answer to a create is had whole before its status goes out: cut short, it can still become a 502.
+"""The answer to a POST is had whole before its status goes out: cut short, it can still become a 502.
 
 After a status there is nothing left to say but to cut the connection, and SDKs take a cut connection for a reason to
 send the create again, which is paid again.
@@ -14,13 +14,12 @@ from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
 MAX_SIZE = 8 << 20
 
 
-def whole_creates(forward: Forward) -> Forward:
-    """Hold the JSON answer of an operation that creates something until it is complete."""
+def whole_answers(forward: Forward) -> Forward:
+    """Hold the answer to a POST that Replicate's API has until it is complete, unless it is a stream of events."""
 
     async def held(request: ProxyRequest) -> ProxyResponse:
         response = await forward(request)
-        operation = request.route.details
-        if operation is None or operation.creates is None or not _is_json(response):
+        if request.method != "POST" or request.operation is None or _is_stream(response):
             return response
         chunks = response.body.__aiter__()
         body: list[bytes] = []
@@ -35,6 +34,5 @@ def whole_creates(forward: Forward) -> Forward:
     return held
 
 
-def _is_json(response: ProxyResponse) -> bool:
-    content_type = dict(response.headers).get(b"content-type", b"").partition(b";")[0].strip().lower()
-    return content_type.endswith((b"/json", b"+json"))
+def _is_stream(response: ProxyResponse) -> bool:
+    return dict(response.headers).get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")
