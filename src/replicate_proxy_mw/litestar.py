@@ -31,8 +31,8 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
     """Mounts the proxy at its prefix. Takes the keywords of `ReplicateProxyMiddleware`.
 
     A mount, since Litestar's `middleware=[...]` sees neither paths that are not registered nor the lifespan. Routes of
-    the host below the prefix (`/v1/own`) stay the host's, without `exclude`. List one there that Replicate has, too: its
-    form `/v1predictions` of Node's SDKs would be repaired.
+    the host below the prefix (`/v1/own`) stay the host's, without `exclude`. List a route there that Replicate has too:
+    the form in which Node's SDKs may send it (`/v1predictions`) would be repaired.
 
     Raises:
         ImproperlyConfiguredException: the prefix is empty; or, at start-up, a route of the host begins with the
