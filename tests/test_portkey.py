@@ -75,6 +75,7 @@ def test_what_the_caller_says() -> None:
         (b"pk-1", None, None),
         (b"", None, None),
         (b"Bearer ", None, None),
+        (b"token", None, None),
         (b"Basic cGs6MQ==", None, None),
         (None, b"pc-slug", None),
         (None, b'{"api_key": "pk-1"}', None),

@@ -16,8 +16,10 @@ MAX_METADATA_BYTES = 4096
 
 _PREFIX = b"x-portkey-"
 
+_SCHEMES = ("bearer", "token")
+
 # What SDKs send in Authorization where they were given nothing.
-_PLACEHOLDERS = frozenset(("Bearer", "OPENAI_API_KEY", "DUMMY-KEY"))
+_PLACEHOLDERS = frozenset(("OPENAI_API_KEY", "DUMMY-KEY"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +111,7 @@ def _mode_s_provider(mode: str | None) -> str | None:
 
 def _credential(authorization: str | None) -> str | None:
     scheme, _, credential = (authorization or "").partition(" ")
-    return credential.strip() or None if scheme.lower() in ("bearer", "token") else None
+    return credential.strip() or None if scheme.lower() in _SCHEMES else None
 
 
 def _caller_token(api_key: str | None, authorization: str | None, configured: str | None) -> str | None:
@@ -119,7 +121,8 @@ def _caller_token(api_key: str | None, authorization: str | None, configured: st
     """
     if not api_key:
         return None
-    bare = authorization if authorization and " " not in authorization else None
+    sent = authorization or ""
+    bare = None if " " in sent or sent.lower() in _SCHEMES else sent
     for token in (_credential(authorization) or bare, configured):
         if token and token != api_key and token not in _PLACEHOLDERS:
             return token

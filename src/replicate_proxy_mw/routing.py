@@ -6,7 +6,7 @@ Only `raw_path` is read: servers decode `path`, and two readings of one path are
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
@@ -96,10 +96,9 @@ def within(path: str, prefix: str) -> bool:
     return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/")
 
 
-def is_excluded(paths: Iterable[str], exclude: Iterable[str]) -> bool:
+def is_excluded(paths: Sequence[str], exclude: Iterable[str]) -> bool:
     """Whether one of `paths`, however it is spelled, lies within what a host keeps for itself."""
-    plain = [re.sub("/+", "/", unquote(path)) for path in paths]
-    return any(within(path, unquote(own)) for own in exclude for path in plain)
+    return any(within(re.sub("/+", "/", unquote(path)), unquote(own)) for own in exclude for path in paths)
 
 
 def match(method: str, path: str) -> Route:
