@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
+from ..policy import Policy
+
 # RFC 6750, section 2.1 (b68token): nothing that could end the header line.
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/=]{8,256}")
+
+_OPEN = Policy()
 
 
 class ReplicateKey:
@@ -17,19 +21,23 @@ class ReplicateKey:
     Args:
         token: the API token, such as `r8_…`: 8 to 256 characters of `A-Z a-z 0-9 - . _ ~ + / =`.
         tenant: the name under which spans and metrics count this key; never the caller's own key.
+        policy: what the key may do; by default everything but reading the account's webhook secret.
 
     Raises:
-        ValueError: the token is not of that form. The text does not hold it.
+        ValueError: the token is not of that form (the text does not hold it), or the policy has a rule that counts by
+            tenant, and there is none.
     """
 
-    __slots__ = ("_token", "tenant")
+    __slots__ = ("_token", "policy", "tenant")
 
-    def __init__(self, token: str, *, tenant: str | None = None) -> None:
+    def __init__(self, token: str, *, tenant: str | None = None, policy: Policy = _OPEN) -> None:
         self._token = token if isinstance(token, str) and _TOKEN.fullmatch(token) else ""
-        self.tenant = tenant
+        self.tenant, self.policy = tenant, policy
         del token
         if not self._token:
             raise ValueError("not a Replicate API token: 8 to 256 letters, digits or -._~+/=")
+        if not tenant and (policy.own_predictions or policy.max_in_flight is not None):
+            raise ValueError("own_predictions and max_in_flight hold for a tenant: name one")
 
     def authorization(self) -> bytes:
         """The value of the header that goes up. Replicate takes `Bearer` (and, from old SDKs, `Token`)."""
@@ -61,6 +69,7 @@ class KeyRequest:
         config: `x-portkey-config` as sent: a slug or JSON.
         metadata: `x-portkey-metadata`, at most 32 entries of 256 characters; empty where there is none.
         operation: the operation id of Replicate's OpenAPI document, None for anything it does not have.
+        model: `owner/name` where the path names a model, else None: the key is resolved before a body is read.
         method: the HTTP method.
         path: the path below the prefix, percent-encoded as it came.
         client: the caller's address as the server tells it.
@@ -74,6 +83,7 @@ class KeyRequest:
     config: str | None = field(default=None, repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)
     operation: str | None = None
+    model: str | None = None
     method: str
     path: str
     client: str | None = None

@@ -44,8 +44,8 @@ class MappingKeyResolver:
     Args:
         keys: at least one.
         caller_tokens: whether a known caller that says `x-portkey-provider: replicate` may bring its own token, which
-            is then used for its tenant; what is none of Replicate's counts as not brought. Not by default: the
-            house's tokens are what it knows and pays for.
+            is then used for its tenant and under its policy; what is none of Replicate's counts as not brought. Not by
+            default: the house's tokens are what it knows and pays for.
     """
 
     def __init__(self, keys: Mapping[str, ReplicateKey | str], *, caller_tokens: bool = False) -> None:
@@ -64,7 +64,7 @@ class MappingKeyResolver:
         # SDKs put all sorts of words there, and a caller may have mixed up two keys: those go nowhere.
         if not _REPLICATE_TOKEN.fullmatch(token) or _digest(token) in self._keys:
             return key
-        return ReplicateKey(token, tenant=key.tenant)
+        return ReplicateKey(token, tenant=key.tenant, policy=key.policy)
 
 
 def _not_empty(api_keys: Iterable[str]) -> list[str]:
