@@ -30,7 +30,8 @@ from replicate_proxy_mw import (
 )
 from replicate_proxy_mw.errors import UpstreamAborted
 from replicate_proxy_mw.exchange import Chunks
-from replicate_proxy_mw.layers.links import MAX_SIZE, PUBLIC_BASE, reached, rewrite_links, rewritten, root
+from replicate_proxy_mw.json_bodies import MAX_SIZE
+from replicate_proxy_mw.layers.links import PUBLIC_BASE, reached, rewrite_links, rewritten, root
 from replicate_proxy_mw.litestar import ReplicateProxyPlugin
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.raw_asgi import KEY, TOKEN, call, host, http_scope, proxy

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,28 +17,15 @@ from typing import Any
 
 from .. import routing
 from ..exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
-from ..headers import HeaderList
+from ..json_bodies import asking_for_plain, for_one_caller, held, is_readable, members, plain_of, with_body
 
 PUBLIC_BASE = "https://api.replicate.com/v1"
-
-# Bytes, as transferred and as decoded: four times the largest answer recorded, 25 models with their schemas.
-MAX_SIZE = 8 << 20
 
 LISTS = frozenset(
     (
         *("collections.list", "deployments.list", "files.list", "models.list", "models.search"),
         *("models.examples.list", "models.versions.list", "predictions.list", "trainings.list"),
     )
-)
-
-# Answers with links go out without validators, so a 304 could only confirm a copy that the caller has from elsewhere,
-# with links that leave the proxy.
-_NOT_UP = frozenset((b"accept-encoding", b"if-modified-since", b"if-none-match"))
-
-# Said of the very bytes that Replicate sent (RFC 9110, sections 8.4, 8.6, 8.8 and 14.3; RFC 9530).
-_OF_THE_BYTES = frozenset(
-    b"accept-ranges content-digest content-encoding content-length content-md5 digest etag last-modified"
-    b" repr-digest".split()
 )
 
 # What comes in the place of a link, None to leave it.
@@ -74,13 +60,13 @@ def rewrite_links(
                 return None if path is None else url + path
 
             rewrite = _rewrite(request, link, stream)
-            response = await forward(request if rewrite is None else _plain(request))
+            response = await forward(request if rewrite is None else asking_for_plain(request))
             located, changed = _located(response, link)
-            if rewrite is not None and _is_readable(located):
+            if rewrite is not None and is_readable(located):
                 located, in_body = await _with_links(located, rewrite)
                 changed = changed or in_body
             # By its Host header, or with a stream that whoever has the URL may read.
-            return _for_one_caller(located) if changed and (public_url is None or stream_path) else located
+            return for_one_caller(located) if changed and (public_url is None or stream_path) else located
 
         return rewriting
 
@@ -162,14 +148,14 @@ def rewritten(text: str, *, edits: Mapping[str, Edit], within: str | None = None
 
     missing = set(edits)
     try:
-        for name, value, start, end in _members(text):
+        for name, value, start, end in members(text):
             if within is None and name in edits:
                 note(edits[name], value, start, end)
                 missing.discard(name)
                 if not missing:
                     break
             elif name == within and value and isinstance(value, dict):
-                for inner, url, first, last in _members(text[start:end]):
+                for inner, url, first, last in members(text[start:end]):
                     if inner in edits:
                         note(edits[inner], url, start + first, start + last)
     except (ValueError, RecursionError):
@@ -181,36 +167,6 @@ def rewritten(text: str, *, edits: Mapping[str, Edit], within: str | None = None
     return "".join((*parts, text[done:]))
 
 
-_OPEN = re.compile(r"[ \t\n\r]*\{")
-_NAME = re.compile(r'[ \t\n\r]*("[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+")[ \t\n\r]*:[ \t\n\r]*')
-_NEXT = re.compile(r"[ \t\n\r]*(?:,|(\})[ \t\n\r]*\Z)")
-
-# Scans in C. Numbers stay text: `int` refuses more than 4300 digits.
-_scan = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
-
-
-def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """Name, value and the value's span for each member of an object, those of the same name too.
-
-    Raises:
-        ValueError: the text is not, or no longer, that of an object with members.
-        RecursionError: too deep.
-    """
-    found = _OPEN.match(text)
-    while found and (name := _NAME.match(text, found.end())):
-        value, end = _scan(text, name.end())
-        yield json.loads(name[1]) if "\\" in name[1] else name[1][1:-1], value, name.end(), end
-        found = _NEXT.match(text, end)
-        if found and found[1]:
-            return
-    raise ValueError("not a JSON object")
-
-
-def _plain(request: ProxyRequest) -> ProxyRequest:
-    kept = tuple(pair for pair in request.headers if pair[0] not in _NOT_UP)
-    return replace(request, headers=(*kept, (b"accept-encoding", b"identity")))
-
-
 def _located(response: ProxyResponse, link: Edit) -> tuple[ProxyResponse, bool]:
     headers = []
     for name, value in response.headers:
@@ -219,55 +175,13 @@ def _located(response: ProxyResponse, link: Edit) -> tuple[ProxyResponse, bool]:
     return replace(response, headers=tuple(headers)), tuple(headers) != response.headers
 
 
-def _is_readable(response: ProxyResponse) -> bool:
-    """Whether the body may be one whole JSON document, in an encoding that can be undone, and not too long."""
-    media_type = _value(response.headers, b"content-type").partition(b";")[0].rstrip()
-    length = _value(response.headers, b"content-length")
-    return (
-        200 <= response.status < 300
-        and response.status != 206
-        and (media_type == b"application/json" or media_type.endswith(b"+json"))
-        and _value(response.headers, b"content-encoding") in (b"", b"identity", b"gzip", b"x-gzip", b"deflate")
-        and not (length.isdigit() and (len(length) > 18 or int(length) > MAX_SIZE))
-    )
-
-
-def _value(headers: HeaderList, name: bytes) -> bytes:
-    return b", ".join(value for key, value in headers if key == name).strip().lower()
-
-
 async def _with_links(response: ProxyResponse, rewrite: Callable[[str], str]) -> tuple[ProxyResponse, bool]:
     """The answer with its links rewritten, and whether it had any. A body that is too long passes as it comes."""
-    chunks = response.body.__aiter__()
-    read = bytearray()
-    async for chunk in chunks:
-        read += chunk
-        if len(read) > MAX_SIZE:
-            return replace(response, body=Chunks([bytes(read)], chunks)), False
-    came = bytes(read)
-    body = plain = _decoded(came, _value(response.headers, b"content-encoding"))
+    came, rest = await held(response.body)
+    body = plain = plain_of(response, came) if rest is None else None
     if plain is not None:
         with suppress(UnicodeDecodeError):
             body = rewrite(plain.decode()).encode()
     if body is None or body == came:
-        return replace(response, body=Chunks([came])), False
-    kept = tuple(pair for pair in response.headers if pair[0] not in _OF_THE_BYTES)
-    headers = (*kept, (b"content-length", str(len(body)).encode()))
-    return replace(response, headers=headers, body=Chunks([body])), body != plain
-
-
-def _decoded(body: bytes, encoding: bytes) -> bytes | None:
-    """`body` without its encoding; None if it is damaged, or too long for us."""
-    if encoding in (b"", b"identity"):
-        return body
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, whichever it begins like
-    try:
-        plain = decoder.decompress(body, MAX_SIZE + 1)
-    except zlib.error:
-        return None
-    return plain if decoder.eof and not decoder.unused_data and len(plain) <= MAX_SIZE else None
-
-
-def _for_one_caller(response: ProxyResponse) -> ProxyResponse:
-    kept = tuple(pair for pair in response.headers if pair[0] != b"cache-control")
-    return replace(response, headers=(*kept, (b"cache-control", b"private, no-store")))
+        return replace(response, body=Chunks([came], rest)), False
+    return with_body(response, body), body != plain

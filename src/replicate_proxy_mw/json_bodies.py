@@ -1,0 +1,142 @@
+"""JSON bodies that a step has to look at: had whole, bounded, without encoding, and where their parts stand."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+
+from .exchange import Chunks, ProxyRequest, ProxyResponse
+from .headers import HeaderList
+
+# Bytes, as transferred and as decoded: four times the largest answer recorded, 25 models with their schemas.
+MAX_SIZE = 8 << 20
+
+# What is looked at may go out changed, and then without validators, so a 304 could only confirm a copy that the caller
+# has from elsewhere.
+_NOT_UP = frozenset((b"accept-encoding", b"if-modified-since", b"if-none-match"))
+
+# Said of the very bytes that Replicate sent (RFC 9110, sections 8.4, 8.6, 8.8 and 14.3; RFC 9530).
+_OF_THE_BYTES = frozenset(
+    b"accept-ranges content-digest content-encoding content-length content-md5 digest etag last-modified"
+    b" repr-digest".split()
+)
+
+
+def asking_for_plain(request: ProxyRequest) -> ProxyRequest:
+    """`request` for an answer that is whole and not encoded."""
+    kept = tuple(pair for pair in request.headers if pair[0] not in _NOT_UP)
+    return replace(request, headers=(*kept, (b"accept-encoding", b"identity")))
+
+
+def is_readable(response: ProxyResponse, *, max_size: int = MAX_SIZE) -> bool:
+    """Whether the body may be one whole JSON document, in an encoding that can be undone, and not too long."""
+    media_type = _value(response.headers, b"content-type").partition(b";")[0].rstrip()
+    length = _value(response.headers, b"content-length")
+    return (
+        200 <= response.status < 300
+        and response.status != 206
+        and (media_type == b"application/json" or media_type.endswith(b"+json"))
+        and _value(response.headers, b"content-encoding") in (b"", b"identity", b"gzip", b"x-gzip", b"deflate")
+        and not (length.isdigit() and (len(length) > 18 or int(length) > max_size))
+    )
+
+
+async def held(body: AsyncIterable[bytes], *, max_size: int = MAX_SIZE) -> tuple[bytes, AsyncIterator[bytes] | None]:
+    """All of `body`; or what has come when it became longer than `max_size`, and the rest."""
+    chunks = body.__aiter__()
+    read = bytearray()
+    async for chunk in chunks:
+        read += chunk
+        if len(read) > max_size:
+            return bytes(read), chunks
+    return bytes(read), None
+
+
+def plain_of(response: ProxyResponse, body: bytes, *, max_size: int = MAX_SIZE) -> bytes | None:
+    """`body`, which is that of `response`, without its encoding; None if it is damaged or too long."""
+    encoding = _value(response.headers, b"content-encoding")
+    if encoding in (b"", b"identity"):
+        return body
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, whichever it begins like
+    try:
+        plain = decoder.decompress(body, max_size + 1)
+    except zlib.error:
+        return None
+    return plain if decoder.eof and not decoder.unused_data and len(plain) <= max_size else None
+
+
+def with_body(response: ProxyResponse, body: bytes) -> ProxyResponse:
+    """`response` with another body, and without what was said of the old one."""
+    kept = tuple(pair for pair in response.headers if pair[0] not in _OF_THE_BYTES)
+    return replace(response, headers=(*kept, (b"content-length", str(len(body)).encode())), body=Chunks([body]))
+
+
+def without_length(response: ProxyResponse) -> ProxyResponse:
+    """The answer to a HEAD whose GET would have another body."""
+    return replace(response, headers=tuple(pair for pair in response.headers if pair[0] not in _OF_THE_BYTES))
+
+
+def for_one_caller(response: ProxyResponse) -> ProxyResponse:
+    """`response`, which no cache may keep."""
+    kept = tuple(pair for pair in response.headers if pair[0] != b"cache-control")
+    return replace(response, headers=(*kept, (b"cache-control", b"private, no-store")))
+
+
+def _value(headers: HeaderList, name: bytes) -> bytes:
+    return b", ".join(value for key, value in headers if key == name).strip().lower()
+
+
+_OBJECT = re.compile(r"[ \t\n\r]*\{")
+_ARRAY = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*")
+_EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
+_EMPTY_ARRAY = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*\][ \t\n\r]*")
+_NAME = re.compile(r'[ \t\n\r]*("[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+")[ \t\n\r]*:[ \t\n\r]*')
+_NEXT = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|([\]}])[ \t\n\r]*\Z)")
+
+# Scans in C. Numbers stay text: `int` refuses more than 4300 digits.
+_scan = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+
+
+def members(text: str) -> Iterator[tuple[str, Any, int, int]]:
+    """Name, value and the value's span for each member of an object, those of the same name too.
+
+    Raises:
+        ValueError: the text is not, or no longer, that of an object.
+        RecursionError: too deep.
+    """
+    if _EMPTY_OBJECT.fullmatch(text):
+        return
+    found = _OBJECT.match(text)
+    while found and (name := _NAME.match(text, found.end())):
+        value, end = _scan(text, name.end())
+        yield json.loads(name[1]) if "\\" in name[1] else name[1][1:-1], value, name.end(), end
+        found = _NEXT.match(text, end)
+        if found and found[1] == "}":
+            return
+        if found and found[1]:
+            break
+    raise ValueError("not a JSON object")
+
+
+def elements(text: str) -> Iterator[tuple[Any, int, int]]:
+    """Each element of an array, and its span.
+
+    Raises:
+        ValueError, RecursionError: as `members`.
+    """
+    if _EMPTY_ARRAY.fullmatch(text):
+        return
+    found = _ARRAY.match(text)
+    while found:
+        value, end = _scan(text, found.end())
+        yield value, found.end(), end
+        found = _NEXT.match(text, end)
+        if found and found[1] == "]":
+            return
+        if found and found[1]:
+            break
+    raise ValueError("not a JSON array")
