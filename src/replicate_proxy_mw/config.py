@@ -86,6 +86,14 @@ class ProxyConfig:
     resolver_timeout: float = 2.0
     """For the key resolver, then 503: a create waits for it before anything is sent."""
 
+    store_timeout: float = 0.4
+    """For each call of the prediction store, then 503: a create that Replicate held for a minute waits for it, and
+    Replicate's client for Python has half a second more."""
+
+    lookup_versions: bool = False
+    """Ask Replicate whose a bare version id is, once, where a key is restricted to some models, and whether
+    `owner/name:id` is what it says. Not by default: it is a request more before a create."""
+
     forward_headers: Sequence[str] = ()
     """More of the caller's headers for Replicate. Credentials and hop-by-hop headers cannot be listed."""
 
@@ -109,6 +117,7 @@ class ProxyConfig:
             "write_timeout",
             "connection_wait",
             "resolver_timeout",
+            "store_timeout",
             "stream_lifetime",
             "stream_timeout",
         ):

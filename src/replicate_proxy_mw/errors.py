@@ -5,6 +5,7 @@
     ├── KeyMissing              401  key_missing
     ├── KeyUnknown              401  key_unknown
     ├── PermissionDenied        403  permission_denied
+    ├── NotOwned                404  not_found               another tenant's, or nobody's
     ├── StreamUnknown           404  stream_unknown
     ├── MethodNotAllowed        405  method_not_allowed
     ├── RequestTimeout          408  request_timeout         the caller's own limit
@@ -14,6 +15,7 @@
     ├── UpstreamUnreachable     502  upstream_unreachable    not one byte was sent
     ├── UpstreamFailed          502  upstream_failed         the request may have been received
     ├── ResolverFailed          503  resolver_failed
+    ├── StoreFailed             503  store_failed
     ├── Overloaded              503  overloaded
     └── UpstreamTimeout         504  upstream_timeout
 
@@ -87,6 +89,15 @@ class PermissionDenied(ProxyError):
     code = "permission_denied"
     outcome = "denied"
     message = "This API key may not do that."
+
+
+class NotOwned(ProxyError):
+    """The same for what is another tenant's and for what does not exist."""
+
+    status = 404
+    code = "not_found"
+    outcome = "denied"
+    message = "own_predictions: this key has created nothing of this id."
 
 
 class StreamUnknown(ProxyError):
@@ -163,6 +174,16 @@ class ResolverFailed(ProxyError):
     code = "resolver_failed"
     outcome = "resolver_error"
     message = "The key of this request could not be looked up; try again."
+
+    def __init__(self) -> None:
+        super().__init__(headers=_SOON)
+
+
+class StoreFailed(ProxyError):
+    status = 503
+    code = "store_failed"
+    outcome = "resolver_error"
+    message = "own_predictions: whose this is could not be looked up, and nothing was sent; try again."
 
     def __init__(self) -> None:
         super().__init__(headers=_SOON)

@@ -21,6 +21,9 @@ class ProxyRequest:
     it is put in from `key` at the very last. `target` is path and query below the prefix, as the caller
     sent them. `body` can be read once, and only until there is an answer: a layer that reads it passes on what it read,
     `replace(request, body=..., content_length=...)`. `content_length` is None for a body of unknown length.
+
+    `traceparent` is that of the request span. `notes` are what is to stand on it beside, by names that
+    `telemetry.names` has; `afterwards` is run when the answer is out, for a few seconds at most.
     """
 
     method: str
@@ -35,6 +38,9 @@ class ProxyRequest:
     resend_count: int = 0
     unwrapped_data: bool = False
     repaired_path: bool = False
+    traceparent: str | None = None
+    notes: dict[str, bool | int | float | str] = field(default_factory=dict, compare=False)
+    afterwards: list[Callable[[], Awaitable[None]]] = field(default_factory=list, repr=False, compare=False)
     opened: list[ProxyResponse] = field(default_factory=list, repr=False, compare=False)
 
     @property

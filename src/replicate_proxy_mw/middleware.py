@@ -21,10 +21,15 @@ from .exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
+from .layers.in_flight import limit_in_flight
 from .layers.links import rewrite_links
+from .layers.model_rules import check_models
+from .layers.ownership import own_predictions
 from .layers.resend import resend
 from .layers.unwrap import unwrap_data
 from .layers.whole import whole_answers
+from .policy import permit
+from .store import MemoryPredictionStore, PredictionStore
 from .telemetry import RequestSpan, Telemetry
 from .upstream import Upstream
 
@@ -36,6 +41,9 @@ logger = logging.getLogger("replicate_proxy_mw")
 
 # Frameworks disagree about the types of scope and messages; asgiref's are used inside, none at the door.
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+# For what layers have to do when the answer is out: servers that stop give about as long.
+AFTERWARDS_TIMEOUT = 10.0
 
 # For closing an upstream connection when everything else has ended: it must not hold up the host.
 CLOSE_TIMEOUT = 1.0
@@ -55,6 +63,7 @@ class ReplicateProxyMiddleware:
         transport: any `httpx.AsyncBaseTransport`; never closed here. By default one is opened for each event loop at
             its first request, and closed with the host's lifespan.
         layers: what requests pass on their way to Replicate, outermost first.
+        store: what is known of predictions beyond a request; by default in the memory of this process.
         tracer_provider: where spans go; by default OpenTelemetry's global one.
     """
 
@@ -66,6 +75,7 @@ class ReplicateProxyMiddleware:
         config: ProxyConfig | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         layers: Sequence[Layer] = (),
+        store: PredictionStore | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         self.app = app
@@ -84,7 +94,7 @@ class ReplicateProxyMiddleware:
         self._stream_hosts = Upstream(replace(config, max_connections=config.max_streams), transport)
         self._streams = self._stream_endpoint()
         self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
-        for layer in reversed(self._layers(layers)):
+        for layer in reversed(self._layers(layers, MemoryPredictionStore() if store is None else store)):
             self._forward = layer(self._forward)
 
     def _stream_endpoint(self) -> StreamEndpoint | None:
@@ -99,8 +109,9 @@ class ReplicateProxyMiddleware:
             timeout=self._stream_hosts.timeout | {"read": config.stream_timeout},
         )
 
-    def _layers(self, of_the_host: Sequence[Layer]) -> list[Layer]:
-        """From the outside in. The host's own see bodies unwrapped and links as Replicate wrote them."""
+    def _layers(self, of_the_host: Sequence[Layer], store: PredictionStore) -> list[Layer]:
+        """From the outside in. The host's own see bodies unwrapped and links as Replicate wrote them, and only what
+        the key's policy lets pass."""
         config = self._config
         outer = [request_timeout, *([unwrap_data] if config.unwrap_data else [])]
         links = rewrite_links(
@@ -109,8 +120,13 @@ class ReplicateProxyMiddleware:
             public_url=config.public_url,
             stream_path=self._streams.path_for if self._streams else None,
         )
+        rules = [
+            limit_in_flight,
+            check_models(lookup_versions=config.lookup_versions),
+            own_predictions(store=store, timeout=config.store_timeout),
+        ]
         inner = [whole_answers, resend(attempts=config.safe_retries)]
-        return [*outer, links, *of_the_host, *inner]
+        return [*outer, links, *rules, *of_the_host, *inner]
 
     # A plain function that returns a coroutine would be taken for ASGI 2 by uvicorn and hypercorn.
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -122,7 +138,11 @@ class ReplicateProxyMiddleware:
                 if claimed is not None:
                     below, repaired = claimed
                     body, reply = RequestBody(receive), Reply(send, method=scope["method"])
-                    await self._exchange(scope, below, body, reply, repaired=repaired)
+                    afterwards: list[Callable[[], Awaitable[None]]] = []
+                    try:
+                        await self._exchange(scope, below, body, reply, afterwards, repaired=repaired)
+                    finally:
+                        await _run(afterwards)
                     return
         elif scope["type"] == "lifespan":
             send = self._closing(send)
@@ -154,7 +174,14 @@ class ReplicateProxyMiddleware:
         return meant, meant != below
 
     async def _exchange(
-        self, scope: Mapping[str, Any], path: str, body: RequestBody, reply: Reply, *, repaired: bool
+        self,
+        scope: Mapping[str, Any],
+        path: str,
+        body: RequestBody,
+        reply: Reply,
+        afterwards: list[Callable[[], Awaitable[None]]],
+        *,
+        repaired: bool,
     ) -> None:
         streams = self._streams if self._streams and stream_urls.is_meant(path) else None
         route = routing.STREAM if streams else routing.match(scope["method"], path)
@@ -166,7 +193,7 @@ class ReplicateProxyMiddleware:
                     body.abandon()
                     relay = partial(self._relay_stream, streams, scope, path, reply, span)
                 else:
-                    request = await self._admit(scope, path, route, body, span)
+                    request = await self._admit(scope, path, route, body, span, afterwards)
                     request = replace(request, repaired_path=repaired) if repaired else request
                     relay = partial(self._relay, request, body, reply, span.id)
                 await while_connected(body, relay, ending=lambda: reply.ending)
@@ -181,7 +208,13 @@ class ReplicateProxyMiddleware:
                 span.request_size, span.response_size = body.size, reply.size
 
     async def _admit(
-        self, scope: Mapping[str, Any], path: str, route: routing.Route, body: RequestBody, span: RequestSpan
+        self,
+        scope: Mapping[str, Any],
+        path: str,
+        route: routing.Route,
+        body: RequestBody,
+        span: RequestSpan,
+        afterwards: list[Callable[[], Awaitable[None]]],
     ) -> ProxyRequest:
         """All that is decided before anything goes up. The key is resolved before a byte of body is read, so that a
         refusal costs the caller no upload."""
@@ -202,6 +235,7 @@ class ReplicateProxyMiddleware:
                 config=caller.config,
                 metadata=caller.metadata or {},
                 operation=route.operation,
+                model=route.model,
                 method=scope["method"],
                 path=path,
                 client=scope["client"][0] if scope.get("client") else None,
@@ -210,6 +244,7 @@ class ReplicateProxyMiddleware:
             seconds=self._config.resolver_timeout,
         )
         span.tenant(key.tenant)
+        permit(key.policy, route, path)
         await body.begin(declared)
         length = body.whole if declared is None else declared
         content: AsyncIterable[bytes] = body
@@ -227,6 +262,9 @@ class ReplicateProxyMiddleware:
             key=key,
             portkey=caller,
             scope=scope,
+            traceparent=span.traceparent,
+            notes=span.notes,
+            afterwards=afterwards,
         )
 
     async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply, request_id: str) -> None:
@@ -267,6 +305,13 @@ class ReplicateProxyMiddleware:
             # To a caller who has left, too: a host around us may insist on an answer.
             answer, trace_id = render(error, request_id=span.id), span.portkey_trace_id or span.id
             await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
+
+
+async def _run(afterwards: list[Callable[[], Awaitable[None]]]) -> None:
+    if afterwards:
+        with anyio.move_on_after(AFTERWARDS_TIMEOUT, shield=True):
+            for afterward in afterwards:
+                await afterward()
 
 
 async def _close(opened: list[ProxyResponse]) -> None:

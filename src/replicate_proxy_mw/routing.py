@@ -35,6 +35,11 @@ class Route:
     params: Mapping[str, str] = field(default_factory=dict)
     is_secret: bool = False
 
+    @property
+    def model(self) -> str | None:
+        """`owner/name` where the path names a model."""
+        return f"{self.params['model_owner']}/{self.params['model_name']}" if "model_owner" in self.params else None
+
 
 STREAM = Route("/-/streams/{token}", is_secret=True)
 UNKNOWN = Route("/{path}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
-import anyio
-
-from ..errors import KeyUnknown, ProxyError, ResolverFailed
+from ..errors import KeyUnknown, ResolverFailed
+from ..host_calls import HostFailed, ask
 from .contract import KeyRequest, KeyResolver, ReplicateKey
 
 logger = logging.getLogger("replicate_proxy_mw")
@@ -23,30 +21,14 @@ async def resolve(resolver: KeyResolver, request: KeyRequest, *, seconds: float)
             class name alone, since exception texts may hold secrets.
     """
     try:
-        with anyio.fail_after(seconds):
-            answer = await resolver(request)
-        if answer is not None:
-            return answer if isinstance(answer, ReplicateKey) else ReplicateKey(answer)
-        failure = None
-    except ProxyError:
-        raise
-    except anyio.get_cancelled_exc_class() as error:
-        if _cancelled():
-            raise
+        answer = await ask(lambda: resolver(request), seconds=seconds)
+        if answer is None:
+            raise KeyUnknown()
+        return answer if isinstance(answer, ReplicateKey) else ReplicateKey(answer)
+    except HostFailed as error:
+        failure = error.name
+    except ValueError as error:
         failure = type(error).__name__
-    except Exception as error:
-        failure = type(error).__name__
-    if failure is None:
-        raise KeyUnknown()
     answer = None  # it may be a token, and exceptions show the locals of their frames
     logger.error("key resolver failed: %s", failure)
     raise ResolverFailed()
-
-
-def _cancelled() -> bool:
-    """Whether it is us who are cancelled, and not just a task that the resolver waited for (asyncio knows both)."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        return True
-    return task is None or task.cancelling() > 0

@@ -115,8 +115,8 @@ def of_attempt(request: ProxyRequest, upstream: SplitResult) -> Attributes:
     if operation.creates == "prediction":
         attributes[names.GEN_AI_PROVIDER_NAME] = "replicate"
         attributes[names.GEN_AI_OPERATION_NAME] = "create_prediction"
-        if "model_name" in params:
-            attributes[names.GEN_AI_REQUEST_MODEL] = f"{params['model_owner']}/{params['model_name']}"
+        if request.route.model is not None:
+            attributes[names.GEN_AI_REQUEST_MODEL] = request.route.model
     elif operation.id == "predictions.get":
         attributes[names.GEN_AI_PROVIDER_NAME] = "replicate"
         attributes[names.GEN_AI_OPERATION_NAME] = "fetch_response"

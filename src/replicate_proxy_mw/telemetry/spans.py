@@ -132,6 +132,8 @@ class RequestSpan:
         status: the status that went out; None if none did.
         request_size, response_size: bytes of body, read and sent.
         complete: the answer went out to its last byte.
+        notes: what layers have to say, by names of the registry.
+        traceparent: this span's (W3C Trace Context, section 3.2), None where there is no trace.
     """
 
     def __init__(self, span: Span) -> None:
@@ -143,8 +145,14 @@ class RequestSpan:
         self.request_size = 0
         self.response_size = 0
         self.complete = False
+        self.notes: dict[str, bool | int | float | str] = {}
         context = span.get_span_context()
         self.id = trace.format_trace_id(context.trace_id) if context.is_valid else uuid.uuid4().hex
+        self.traceparent = (
+            f"00-{self.id}-{trace.format_span_id(context.span_id)}-{context.trace_flags:02x}"
+            if context.is_valid
+            else None
+        )
 
     def caller(self, portkey: PortkeyContext) -> None:
         self.portkey_trace_id = portkey.trace_id
@@ -182,6 +190,8 @@ class RequestSpan:
         if not span.is_recording():
             return
         span.set_attribute(names.OUTCOME, self.outcome)
+        for name, value in self.notes.items():
+            span.set_attribute(name, value)
         span.set_attribute(names.HTTP_REQUEST_BODY_SIZE, self.request_size)
         span.set_attribute(names.HTTP_RESPONSE_BODY_SIZE, self.response_size)
         if self.status is not None and self.status != ClientDisconnected.status:

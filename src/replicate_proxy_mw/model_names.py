@@ -1,0 +1,128 @@
+"""Which models a request names, from path and body together, for rules that name models.
+
+Only one reading is taken: whatever leaves a second one open, to whoever reads behind us, is not understood.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .headers import HeaderList
+from .json_bodies import members
+from .routing import Route
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_MODEL = re.compile(rf"({_NAME}/{_NAME})(?::({_NAME}))?")
+_VERSION = re.compile(_NAME)
+_JSON = re.compile(rb'application/json(?:\s*;\s*charset="?utf-8"?)?\s*')
+
+# The operations whose body can name a model, and what it has to say in any case (Replicate's OpenAPI document).
+_BODIES: Mapping[str, tuple[str, ...]] = {
+    "predictions.create": ("version",),
+    "models.predictions.create": (),
+    "deployments.predictions.create": (),
+    "trainings.create": ("destination",),
+    "deployments.create": ("model",),
+    "deployments.update": (),
+    "models.create": ("owner", "name"),
+}
+# Whatever the operation, since what one does not know another server may read.
+_FIELDS = frozenset(("version", "model", "destination", "deployment", "owner", "name"))
+
+
+class NotUnderstood(Exception):
+    """What is wrong, in words for the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """`name` is `owner/name` or `deployments/owner/name`, None where only a version is named.
+
+    `version` is an id that runs, which is to be one of the model's.
+    """
+
+    name: str | None
+    version: str | None = None
+
+
+def has_body(route: Route) -> bool:
+    """Whether the body of such a request can name a model."""
+    return route.operation in _BODIES
+
+
+def in_path(route: Route, target: str) -> Iterator[Named]:
+    """The model or deployment that the path names.
+
+    Raises:
+        NotUnderstood: the name is none; or there is a query where the body is to say everything.
+    """
+    if has_body(route) and "?" in target:
+        raise NotUnderstood("this operation takes no query")
+    params = route.params
+    for prefix, kind in (("model", ""), ("deployment", "deployments/")):
+        if f"{prefix}_owner" in params:
+            yield Named(kind + _model(f"{params[f'{prefix}_owner']}/{params[f'{prefix}_name']}"))
+
+
+def in_body(route: Route, headers: HeaderList, body: bytes) -> Iterator[Named]:
+    """The models that the body names.
+
+    Raises:
+        NotUnderstood: another content type or encoding than plain JSON in UTF-8, no object, a name that comes twice or
+            in another case, or no name where there has to be one.
+    """
+    given = _given(headers, body)
+    for name in _BODIES[route.operation or ""]:
+        if name not in given:
+            raise NotUnderstood(f"the body has no {name}")
+    model = given.get("model")
+    if model is not None:
+        yield Named(_model(model), _version(given["version"]) if "version" in given else None)
+    elif "version" in given:
+        yield _named(given["version"])
+    if "destination" in given:
+        yield Named(_model(given["destination"]))
+    if "deployment" in given:
+        yield Named("deployments/" + _model(given["deployment"]))
+    if route.operation == "models.create":
+        yield Named(_model(f"{given['owner']}/{given['name']}"))
+
+
+def _given(headers: HeaderList, body: bytes) -> dict[str, Any]:
+    fields = dict(headers)
+    if not _JSON.fullmatch(fields.get(b"content-type", b"").lower()):
+        raise NotUnderstood("the body has to be application/json in UTF-8")
+    if b"content-encoding" in fields:
+        raise NotUnderstood("the body has to come without content-encoding")
+    given: dict[str, Any] = {}
+    try:
+        for name, value, _, _ in members(body.decode() or "{}"):
+            field = name.casefold()
+            if field in _FIELDS:
+                if field != name or name in given:
+                    raise NotUnderstood(f"the body has more than one {field}, or in another case")
+                given[name] = value
+    except (ValueError, RecursionError):
+        raise NotUnderstood("the body is not a JSON object") from None
+    return given
+
+
+def _named(version: object) -> Named:
+    found = _MODEL.fullmatch(version) if isinstance(version, str) else None
+    return Named(found[1], found[2]) if found else Named(None, _version(version))
+
+
+def _model(name: object) -> str:
+    found = _MODEL.fullmatch(name) if isinstance(name, str) else None
+    if found is None or found[2]:
+        raise NotUnderstood("a model is named as owner/name")
+    return found[1]
+
+
+def _version(version: object) -> str:
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+        raise NotUnderstood("a version is an id, owner/name or owner/name:id")
+    return version
