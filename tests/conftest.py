@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from tests.raw_upstream import RawUpstream
 
-pytest_plugins = ["replicate_proxy_mw.testing.pytest_plugin"]
+pytest_plugins = ["replicate_proxy_mw.testing.pytest_plugin", "tests.services"]
 
 
 @pytest.fixture(params=["asyncio", "trio"])

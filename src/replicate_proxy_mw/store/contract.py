@@ -36,8 +36,8 @@ class PredictionStore(Protocol):
         ...
 
     async def get(self, ids: Collection[str], /, *, read: bool = False) -> Mapping[str, StoredPrediction]:
-        """What is known of `ids`; those that are not known are absent. With `read`, each counts one more read, and
-        what is returned has it counted."""
+        """What is known of `ids`; those that are not known are absent. With `read`, each counts one more read,
+        however often it is listed, and what is returned has it counted."""
         ...
 
     async def claim(self, id: str, /) -> StoredPrediction | None:

@@ -14,7 +14,7 @@ class MemoryPredictionStore:
     """Remembers predictions in this process, until it ends.
 
     Args:
-        max_entries: the oldest is forgotten for one more. 100,000 take about 40 MB.
+        max_entries: the oldest is forgotten for one more. 100,000 take about 42 MB.
         max_age: seconds until an entry is forgotten. A week: trainings take days, and Replicate keeps no input and
             output of predictions for more than an hour.
         now: seconds that only grow.
@@ -54,7 +54,7 @@ class MemoryPredictionStore:
     async def get(self, ids: Collection[str], /, *, read: bool = False) -> Mapping[str, StoredPrediction]:
         self._forget()
         found = {}
-        for id in ids:
+        for id in dict.fromkeys(ids):
             if id in self._entries:
                 until, prediction = self._entries[id]
                 if read:

@@ -1,0 +1,107 @@
+"""The store of a host with several processes: Redis."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from redis.asyncio import Redis, RedisCluster
+
+from .contract import StoredPrediction
+
+# Each script takes one key, so that a cluster can run it. A key that holds something else is left alone.
+_KNOWN = """
+local known = redis.call('HMGET', KEYS[1], 'tenant', 'traceparent', 'reads', 'reported')
+if not known[1] and redis.call('EXISTS', KEYS[1]) == 1 then
+  return redis.error_reply('WRONGTYPE the key holds no prediction')
+end
+"""
+
+# HSETNX is sent in any case, and first: a server that takes no writes has to say so. What cannot expire does not stay.
+_PUT = f"""{_KNOWN}
+if redis.call('HSETNX', KEYS[1], 'tenant', ARGV[2]) == 0 then return end
+local ends = redis.pcall('PEXPIRE', KEYS[1], ARGV[1])
+if type(ends) == 'table' then
+  redis.call('HDEL', KEYS[1], 'tenant')
+  return ends
+end
+if #ARGV > 2 then redis.call('HSET', KEYS[1], unpack(ARGV, 3)) end
+"""
+
+_GET = f"""{_KNOWN}
+if not known[1] then return false end
+if ARGV[1] == '1' then known[3] = redis.call('HINCRBY', KEYS[1], 'reads', 1) end
+return known
+"""
+
+_CLAIM = f"""{_KNOWN}
+if not known[1] or redis.call('HSETNX', KEYS[1], 'reported', 1) == 0 then return false end
+return known
+"""
+
+
+class RedisPredictionStore:
+    """Remembers predictions in Redis, for all processes that share it: one hash for each id, with an expiry.
+
+    Every method is one round trip. It needs asyncio, as redis-py does: under trio every call raises. What a call that
+    was cancelled had sent may still be done. A claim whose answer is lost counts as made: an end is reported at most
+    once.
+
+    Args:
+        redis: the host's own client, which stays the host's to close; `decode_responses` may be set or not. Its user
+            needs EVAL, EXISTS, PEXPIRE and the commands of hashes on keys of that prefix. Have Redis evict nothing
+            (`maxmemory-policy noeviction`), or own predictions become unknown.
+        prefix: of all keys. Hosts of different Replicate accounts may share one: ids are Replicate's.
+        max_age: seconds until an entry is forgotten. 30 days: trainings can be read for good, and a million entries
+            take about 260 MB.
+
+    Raises:
+        ValueError: `max_age` is no time that Redis can keep; from `get` and `claim`, a key of the store holds a hash
+            like ours, of other values.
+        redis.exceptions.RedisError: from every method, if Redis cannot be reached or refuses, or a key of the store
+            holds something else.
+    """
+
+    def __init__(
+        self, redis: Redis | RedisCluster, *, prefix: str = "replicate_proxy:", max_age: float = 30 * 86400.0
+    ) -> None:
+        if not 0.001 <= max_age < math.inf:
+            raise ValueError("max_age: must be at least 0.001 seconds, and finite")
+        self._redis, self._prefix, self._milliseconds = redis, prefix, int(max_age * 1000)
+
+    async def put(self, id: str, prediction: StoredPrediction, /) -> None:
+        # As JSON, None differs from "", and every text is ASCII whatever encoding the client has.
+        fields: list[Any] = [json.dumps(prediction.tenant)]
+        if prediction.traceparent is not None:
+            fields += ["traceparent", json.dumps(prediction.traceparent)]
+        if prediction.reads:
+            fields += ["reads", prediction.reads]
+        if prediction.reported:
+            fields += ["reported", 1]
+        await self._redis.execute_command("EVAL", _PUT, 1, self._key(id), self._milliseconds, *fields)
+
+    async def get(self, ids: Collection[str], /, *, read: bool = False) -> Mapping[str, StoredPrediction]:
+        once = list(dict.fromkeys(ids))
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for id in once:
+                pipeline.execute_command("EVAL", _GET, 1, self._key(id), int(read))
+            answers = await pipeline.execute()
+        return {id: _prediction(known) for id, known in zip(once, answers, strict=True) if known is not None}
+
+    async def claim(self, id: str, /) -> StoredPrediction | None:
+        known = await self._redis.execute_command("EVAL", _CLAIM, 1, self._key(id))
+        return None if known is None else _prediction(known)
+
+    def _key(self, id: str) -> bytes:
+        return (self._prefix + id).encode("utf-8", "surrogatepass")
+
+
+def _prediction(known: list[Any]) -> StoredPrediction:
+    tenant, traceparent = (None if text is None else json.loads(text) for text in known[:2])
+    if not isinstance(tenant, str | None) or not isinstance(traceparent, str | None):
+        raise ValueError("a key of the store holds no prediction")
+    return StoredPrediction(
+        tenant=tenant, traceparent=traceparent, reads=int(known[2] or 0), reported=known[3] is not None
+    )
