@@ -14,21 +14,11 @@ import pytest
 from replicate_proxy_mw import KeyRequest
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.clients.drivers import require
+from tests.documents import Page, execute
 from tests.raw_asgi import host
 
-README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+README = Page("README.md")
 HELLO_WORLD = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
-
-
-def _block(language: str, containing: str) -> str:
-    [found] = [code for name, code in BLOCKS if name == language and containing in code]
-    return str(found)
-
-
-def _execute(code: str, **known: Any) -> dict[str, Any]:
-    exec(compile(code, "README.md", "exec"), known)
-    return known
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +28,10 @@ def fake() -> Iterator[FakeReplicate]:
 
 
 def _app(fake: FakeReplicate, containing: str, **known: Any) -> Any:
-    code = _block("python", containing)
+    code = README.block("python", containing)
     code = re.sub(r"r8_the_token\w*", fake.token, code)
     code = code.replace("key_resolver=", f"config=ProxyConfig(upstream={fake.url!r}), key_resolver=", 1)
-    return _execute("from replicate_proxy_mw import ProxyConfig\n" + code, **known)["app"]
+    return execute("from replicate_proxy_mw import ProxyConfig\n" + code, **known)["app"]
 
 
 async def _find_team(api_key: str) -> Any:
@@ -71,7 +61,7 @@ def _addressed(code: str, origin: str) -> str:
 
 @pytest.mark.parametrize("client", ["import Portkey", "import OpenAI", "from replicate import"])
 def test_clients_of_python(origin: str, fake: FakeReplicate, client: str) -> None:
-    known = _execute(_addressed(_block("python", client), origin))
+    known = execute(_addressed(README.block("python", client), origin))
     prediction = known["prediction"]
     assert prediction["status"] if isinstance(prediction, dict) else prediction.status
     for name in ("portkey", "openai", "replicate"):
@@ -83,7 +73,7 @@ def test_clients_of_python(origin: str, fake: FakeReplicate, client: str) -> Non
 @pytest.mark.parametrize("client", ["{ Portkey }", "import OpenAI", "import Replicate"])
 def test_clients_of_node(origin: str, fake: FakeReplicate, client: str) -> None:
     require("node")
-    code = _addressed(_block("js", client), origin) + "\nconsole.log(prediction.status);"
+    code = _addressed(README.block("js", client), origin) + "\nconsole.log(prediction.status);"
     done = subprocess.run(
         ["node", "--input-type=module", "-e", code],
         cwd=Path(__file__).parent / "clients" / "node",
@@ -96,7 +86,7 @@ def test_clients_of_node(origin: str, fake: FakeReplicate, client: str) -> None:
 
 def test_curl(origin: str, fake: FakeReplicate) -> None:
     require("curl")
-    done = subprocess.run(_addressed(_block("sh", "curl"), origin), shell=True, capture_output=True, text=True)
+    done = subprocess.run(_addressed(README.block("sh", "curl"), origin), shell=True, capture_output=True, text=True)
     assert '"status"' in done.stdout, done.stderr
     _called(fake)
 
@@ -107,7 +97,7 @@ async def test_the_resolver_tells_callers_apart() -> None:
         teams = {"pk-archive": types.SimpleNamespace(may_generate=False)}
         return teams.get(api_key)
 
-    known = _execute(_block("python", "find_team"), app=host, find_team=find_team)
+    known = execute(README.block("python", "find_team"), app=host, find_team=find_team)
     request: dict[str, Any] = {"method": "GET", "path": "/x", "scope": {}}
     assert await known["key_resolver"](KeyRequest(api_key="pk-nobody", **request)) is None
     with pytest.raises(known["PermissionDenied"], match="archive only"):
@@ -115,15 +105,15 @@ async def test_the_resolver_tells_callers_apart() -> None:
 
 
 def test_the_rest_of_the_python_at_least_runs() -> None:
-    assert _execute(_block("python", "config = ProxyConfig("))["config"].exclude == ["/v1/status"]
-    assert callable(_execute(_block("python", "def quota("))["quota"])
-    assert _execute(_block("python", "pytest_plugins ="))["pytest_plugins"]
+    assert execute(README.block("python", "config = ProxyConfig("))["config"].exclude == ["/v1/status"]
+    assert callable(execute(README.block("python", "def quota("))["quota"])
+    assert execute(README.block("python", "policy=Policy("))["key"].policy.own_predictions
+    assert execute(README.block("python", "pytest_plugins ="))["pytest_plugins"]
 
 
 def test_no_block_is_forgotten() -> None:
-    assert len([1 for language, _ in BLOCKS if language in ("python", "js", "sh")]) == 13
+    assert README.count("python", "js", "sh") == 14
 
 
 def test_files_that_it_links_to_are_there() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert Path(__file__).parent.parent.joinpath(target).exists(), target
+    assert README.missing_links() == []

@@ -83,6 +83,11 @@ class ProxyConfig:
     connection_wait: float = 5.0
     """For a free connection when all are in use, then 503: longer waits only move the queue into the proxy."""
 
+    require_key: bool = True
+    """Answer 401 to a caller without a key, before the resolver is asked: most are mistakes. Off where the resolver
+    knows callers by the host's own session; it then sees an empty key. Sessions in cookies need `SameSite`, since a key
+    in a header is what keeps other sites' pages from calling."""
+
     resolver_timeout: float = 2.0
     """For the key resolver, then 503: a create waits for it before anything is sent."""
 

@@ -28,8 +28,9 @@ _OF_THE_BYTES = frozenset(
 
 def asking_for_plain(request: ProxyRequest) -> ProxyRequest:
     """`request` for an answer that is whole and not encoded."""
-    kept = tuple(pair for pair in request.headers if pair[0] not in _NOT_UP)
-    return replace(request, headers=(*kept, (b"accept-encoding", b"identity")))
+    kept = [pair for pair in request.headers if pair[0] not in _NOT_UP]
+    headers = (*kept, (b"accept-encoding", b"identity"))
+    return request if headers == request.headers else replace(request, headers=headers)
 
 
 def is_readable(response: ProxyResponse, *, max_size: int = MAX_SIZE) -> bool:

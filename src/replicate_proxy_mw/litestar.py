@@ -24,11 +24,14 @@ from .middleware import ReplicateProxyMiddleware
 if TYPE_CHECKING:
     import httpx
     from litestar.config.app import AppConfig
+    from litestar.types import Guard
     from opentelemetry.trace import TracerProvider
+
+    from .store import PredictionStore
 
 
 class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
-    """Mounts the proxy at its prefix. Takes the keywords of `ReplicateProxyMiddleware`.
+    """Mounts the proxy at its prefix. Takes the keywords of `ReplicateProxyMiddleware`, and `guards` for the mount.
 
     A mount, since Litestar's `middleware=[...]` sees neither paths that are not registered nor the lifespan. Routes of
     the host below the prefix (`/v1/own`) stay the host's, without `exclude`. List a route there that Replicate has too:
@@ -39,7 +42,7 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
             prefix but not at a segment (`/v1beta`): Litestar would hand its requests to the mount.
     """
 
-    __slots__ = ("_config", "_keywords", "_middleware", "_prefix")
+    __slots__ = ("_config", "_guards", "_keywords", "_middleware", "_prefix")
 
     def __init__(
         self,
@@ -48,17 +51,21 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
         config: ProxyConfig | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         layers: Sequence[Layer] = (),
+        store: PredictionStore | None = None,
         tracer_provider: TracerProvider | None = None,
+        guards: Sequence[Guard] = (),
     ) -> None:
         self._config = config or ProxyConfig()
         if not self._config.prefix:
             raise ImproperlyConfiguredException(
                 "a mount needs a prefix: wrap the app in ReplicateProxyMiddleware instead"
             )
+        self._guards = guards
         self._keywords: dict[str, Any] = {
             "key_resolver": key_resolver,
             "transport": transport,
             "layers": layers,
+            "store": store,
             "tracer_provider": tracer_provider,
         }
 
@@ -76,7 +83,8 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
         async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
             await self._middleware({**scope, "path": self._path(scope)}, receive, send)
 
-        app_config.route_handlers.append(ASGIRouteHandler(self._config.prefix, is_mount=True, copy_scope=True)(proxy))
+        mount = ASGIRouteHandler(self._config.prefix, is_mount=True, copy_scope=True, guards=self._guards)
+        app_config.route_handlers.append(mount(proxy))
         app_config.lifespan.append(self._lifespan)
         return app_config
 

@@ -223,12 +223,12 @@ class ReplicateProxyMiddleware:
         span.caller(caller)
         kept = headers.up(scope["headers"], self._forward_headers)
         declared = headers.length(scope["headers"])
-        if caller.api_key is None:
+        if caller.api_key is None and self._config.require_key:
             raise KeyMissing()
         key = await resolve(
             self._key_resolver,
             KeyRequest(
-                api_key=caller.api_key,
+                api_key=caller.api_key or "",
                 provider=caller.provider,
                 caller_token=caller.caller_token,
                 virtual_key=caller.virtual_key,
@@ -311,7 +311,10 @@ async def _run(afterwards: list[Callable[[], Awaitable[None]]]) -> None:
     if afterwards:
         with anyio.move_on_after(AFTERWARDS_TIMEOUT, shield=True):
             for afterward in afterwards:
-                await afterward()
+                try:
+                    await afterward()
+                except Exception as error:  # the answer is out, or something else is on its way
+                    logger.warning("what a layer does afterwards failed: %s", type(error).__name__)
 
 
 async def _close(opened: list[ProxyResponse]) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from replicate_proxy_mw import KeyRequest, MappingKeyResolver, ReplicateKey, StaticKeyResolver
-from replicate_proxy_mw.keys import KeyResolver
+from replicate_proxy_mw import KeyRequest, MappingKeyResolver, PermissionDenied, ReplicateKey, StaticKeyResolver
+from replicate_proxy_mw.keys import FirstOf, KeyResolver
+from replicate_proxy_mw.policy import Policy
 
 pytestmark = pytest.mark.anyio
 
@@ -99,3 +102,89 @@ def test_one_key_is_no_list_of_keys() -> None:
 def test_a_wrong_token_is_refused_when_the_resolver_is_made() -> None:
     with pytest.raises(ValueError, match="not a Replicate API token"):
         MappingKeyResolver({"pk-a": "r8"})
+
+
+MAIN, VIDEO = (
+    ReplicateKey(TOKEN_A, tenant="team-a"),
+    ReplicateKey(TOKEN_B, tenant="team-v", policy=Policy(models=["a/*"])),
+)
+
+
+async def test_several_accounts_for_one_key() -> None:
+    resolver = MappingKeyResolver({"pk-a": {"main": MAIN, "video": VIDEO}, "pk-b": {"video": TOKEN_B}, "pk-c": TOKEN_A})
+    for provider, key in ((None, MAIN), ("@main", MAIN), ("@video", VIDEO), ("@replicate", MAIN)):
+        assert await resolver(replace(_request("pk-a"), provider=provider)) is key
+    assert await resolver(replace(_request("pk-a"), virtual_key="video")) is VIDEO
+    assert await resolver(replace(_request("pk-a"), config='{"provider": "@video"}')) is VIDEO
+    found = await resolver(_request("pk-b"))
+    assert found is not None
+    assert found.authorization().endswith(TOKEN_B.encode())
+    for api_key in ("pk-a", "pk-b"):
+        with pytest.raises(PermissionDenied):
+            await resolver(replace(_request(api_key), provider="@other"))
+    assert await resolver(replace(_request("pk-c"), provider="@other")) is not None
+    assert await resolver(replace(_request("pk-d"), provider="@other")) is None
+
+
+async def test_a_token_that_a_caller_brings_goes_by_the_account_it_names() -> None:
+    resolver = MappingKeyResolver({"pk-a": {"main": MAIN, "video": VIDEO}}, caller_tokens=True)
+    brought = replace(_request("pk-a"), provider="replicate", caller_token="r8_cccccccccccccccc")
+    for virtual_key, account in ((None, MAIN), ("video", VIDEO)):
+        found = await resolver(replace(brought, virtual_key=virtual_key))
+        assert found is not None
+        assert found.authorization() == b"Bearer r8_cccccccccccccccc"
+        assert (found.tenant, found.policy) == (account.tenant, account.policy)
+    with pytest.raises(PermissionDenied):
+        await resolver(replace(brought, virtual_key="other"))
+
+
+@pytest.mark.parametrize(
+    ("accounts", "problem"),
+    [
+        ({}, "at least one"),
+        ({"": TOKEN_A}, "not empty"),
+        ({"main": TOKEN_A, "@secret": TOKEN_A}, "without @"),
+        ({"main": "secret"}, "not a Replicate API token"),
+    ],
+)
+def test_accounts_that_are_none(accounts: Mapping[str, str], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as raised:
+        MappingKeyResolver({"pk-secret": accounts})
+    assert "secret" not in str(raised.value)
+
+
+class _Answering:
+    def __init__(self, answer: Any) -> None:
+        self._answer, self.asked = answer, 0
+
+    async def __call__(self, request: KeyRequest) -> Any:
+        self.asked += 1
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize("answer", [MAIN, TOKEN_A, "", False])
+async def test_the_first_who_knows_the_caller_answers(answer: object) -> None:
+    resolvers = [_Answering(None), _Answering(answer), _Answering(VIDEO)]
+    resolver: KeyResolver = FirstOf(*resolvers)
+    assert await resolver(_request("pk-a")) is answer
+    assert [one.asked for one in resolvers] == [1, 1, 0]
+
+
+async def test_nobody_knows_the_caller() -> None:
+    assert await FirstOf(_Answering(None), _Answering(None))(_request("pk-a")) is None
+
+
+@pytest.mark.parametrize("error", [PermissionDenied("no"), OSError(), KeyError("pk-a")])
+async def test_one_who_refuses_or_fails_is_not_passed_over(error: Exception) -> None:
+    after = _Answering(MAIN)
+    with pytest.raises(type(error)) as raised:
+        await FirstOf(_Answering(None), _Answering(error), after)(_request("pk-a"))
+    assert raised.value is error
+    assert after.asked == 0
+
+
+def test_nobody_to_ask() -> None:
+    with pytest.raises(ValueError, match="at least one resolver"):
+        FirstOf()

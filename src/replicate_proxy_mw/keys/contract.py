@@ -61,7 +61,8 @@ class KeyRequest:
     """What a resolver may look at: who calls, and for what. Printing it shows no secret.
 
     Attributes:
-        api_key: the caller's key, from `x-portkey-api-key`, else from `Authorization`. Never empty.
+        api_key: the caller's key, from `x-portkey-api-key`, else from `Authorization`. Never empty, unless
+            `require_key` is off.
         provider: `x-portkey-provider` as sent: a name (`replicate`) or a slug (`@team-account`).
         caller_token: a Replicate token that the caller brings beside its key, in `Authorization` or as `api_key` of an
             inline config; never the key itself and no placeholder of an SDK.

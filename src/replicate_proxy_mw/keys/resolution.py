@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..errors import KeyUnknown, ResolverFailed
+from ..errors import KeyMissing, KeyUnknown, ResolverFailed
 from ..host_calls import HostFailed, ask
 from .contract import KeyRequest, KeyResolver, ReplicateKey
 
@@ -15,7 +15,7 @@ async def resolve(resolver: KeyResolver, request: KeyRequest, *, seconds: float)
     """The key of `request`. It has so many `seconds` to answer.
 
     Raises:
-        KeyUnknown: the resolver answered None.
+        KeyUnknown: the resolver answered None. KeyMissing, if there was no key to know.
         ProxyError: what the resolver raised of that tree, such as `PermissionDenied`.
         ResolverFailed: it raised something else, took too long, or answered with what is no key. The log gets the
             class name alone, since exception texts may hold secrets.
@@ -23,7 +23,7 @@ async def resolve(resolver: KeyResolver, request: KeyRequest, *, seconds: float)
     try:
         answer = await ask(lambda: resolver(request), seconds=seconds)
         if answer is None:
-            raise KeyUnknown()
+            raise KeyUnknown() if request.api_key else KeyMissing()
         return answer if isinstance(answer, ReplicateKey) else ReplicateKey(answer)
     except HostFailed as error:
         failure = error.name

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
-from .contract import KeyRequest, ReplicateKey
+from .accounts import choose
+from .contract import KeyRequest, KeyResolver, ReplicateKey
 
 # The form of Replicate's tokens, and that of the old ones.
 _REPLICATE_TOKEN = re.compile(r"r8_[A-Za-z0-9_]{8,128}|[0-9a-f]{40}")
@@ -26,7 +27,7 @@ class StaticKeyResolver:
     """
 
     def __init__(self, key: ReplicateKey | str, *, api_keys: Iterable[str]) -> None:
-        self._key = key if isinstance(key, ReplicateKey) else ReplicateKey(key)
+        self._key = _key(key)
         self._digests = tuple(_digest(api_key) for api_key in _not_empty(api_keys))
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
@@ -42,29 +43,74 @@ class MappingKeyResolver:
     Only digests of the keys are kept.
 
     Args:
-        keys: at least one.
+        keys: at least one. Instead of a token there may be several by slug, as in Portkey's model catalog, of which the
+            first is the default: `{"pk-team-a": {"main": "r8_…", "video": "r8_…"}}`. A slug that is not there is
+            refused (403); a key with one token takes any.
         caller_tokens: whether a known caller that says `x-portkey-provider: replicate` may bring its own token, which
             is then used for its tenant and under its policy; what is none of Replicate's counts as not brought. Not by
             default: the house's tokens are what it knows and pays for.
+
+    Raises:
+        ValueError: there is no key, or an empty one; no account for a key, or one whose slug is empty or begins with
+            `@`; or what `ReplicateKey` raises.
     """
 
-    def __init__(self, keys: Mapping[str, ReplicateKey | str], *, caller_tokens: bool = False) -> None:
+    def __init__(
+        self, keys: Mapping[str, ReplicateKey | str | Mapping[str, ReplicateKey | str]], *, caller_tokens: bool = False
+    ) -> None:
         _not_empty(keys)
         self._caller_tokens = caller_tokens
         self._keys = {
-            _digest(api_key): key if isinstance(key, ReplicateKey) else ReplicateKey(key)
-            for api_key, key in keys.items()
+            _digest(api_key): _accounts(key) if isinstance(key, Mapping) else _key(key) for api_key, key in keys.items()
         }
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
-        key = self._keys.get(_digest(request.api_key))
+        found = self._keys.get(_digest(request.api_key))
+        if found is None:
+            return None
+        key = found if isinstance(found, ReplicateKey) else choose(request, found)
         token = request.caller_token
-        if key is None or not self._caller_tokens or request.provider != "replicate" or not token:
+        if not self._caller_tokens or request.provider != "replicate" or not token:
             return key
         # SDKs put all sorts of words there, and a caller may have mixed up two keys: those go nowhere.
         if not _REPLICATE_TOKEN.fullmatch(token) or _digest(token) in self._keys:
             return key
         return ReplicateKey(token, tenant=key.tenant, policy=key.policy)
+
+
+class FirstOf:
+    """The answer of the first resolver that knows the caller, asked one after another.
+
+    Only None leads to the next. `PermissionDenied` and every other exception end it: the next might let in whom this
+    one refuses, or would have refused, had it been able to answer.
+
+    Args:
+        resolvers: at least one. All of them share the `resolver_timeout` of one request.
+    """
+
+    def __init__(self, *resolvers: KeyResolver) -> None:
+        if not resolvers:
+            raise ValueError("FirstOf needs at least one resolver")
+        self._resolvers = resolvers
+
+    async def __call__(self, request: KeyRequest, /) -> ReplicateKey | str | None:
+        for resolver in self._resolvers:
+            answer = await resolver(request)
+            if answer is not None:
+                return answer
+        return None
+
+
+def _key(key: ReplicateKey | str) -> ReplicateKey:
+    return key if isinstance(key, ReplicateKey) else ReplicateKey(key)
+
+
+def _accounts(keys: Mapping[str, ReplicateKey | str]) -> Mapping[str, ReplicateKey]:
+    if not keys:
+        raise ValueError("accounts by slug: a key needs at least one")
+    if not all(keys) or any(slug.startswith("@") for slug in keys):
+        raise ValueError("accounts by slug: a slug is not empty and is written without @")
+    return {slug: _key(key) for slug, key in keys.items()}
 
 
 def _not_empty(api_keys: Iterable[str]) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import suppress
 from functools import lru_cache
+from uuid import uuid4
 
 import httpx
 from anyio.lowlevel import RunVar
@@ -37,7 +38,8 @@ class Upstream:
     def __init__(self, config: ProxyConfig, transport: httpx.AsyncBaseTransport | None) -> None:
         self._config = config
         self._given = transport
-        self._opened: RunVar[httpx.AsyncBaseTransport | None] = RunVar("replicate_proxy_mw.transport", None)
+        # anyio before 4.10 tells them apart by name alone.
+        self._opened: RunVar[httpx.AsyncBaseTransport | None] = RunVar(f"replicate_proxy_mw.transport.{uuid4()}", None)
         self._origin = httpx.URL(config.upstream)
         self._host = (b"host", self._origin.netloc)
         self._cached_url = lru_cache(maxsize=1024)(self._parse)
