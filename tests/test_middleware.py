@@ -3,11 +3,12 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -15,11 +16,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from replicate_proxy_mw import (
     Forward,
     KeyRequest,
+    Layer,
     PermissionDenied,
     ProxyRequest,
     ProxyResponse,
     ReplicateProxyMiddleware,
     StaticKeyResolver,
+    middleware,
 )
 from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted
 from replicate_proxy_mw.exchange import Chunks
@@ -984,3 +987,86 @@ async def test_the_defaults_point_at_replicate() -> None:
     middleware = ReplicateProxyMiddleware(host, key_resolver=StaticKeyResolver(TOKEN, api_keys=["pk"]))
     assert middleware._config.upstream == "https://api.replicate.com/v1"
     assert (await call(middleware, http_scope(target="/"))).content == b"host"
+
+
+# --- what layers do afterwards
+
+
+def _afterwards(*steps: Callable[[], Awaitable[None]]) -> Layer:
+    def layer(forward: Forward) -> Forward:
+        async def leaving(request: ProxyRequest) -> ProxyResponse:
+            request.afterwards.extend(steps)
+            return await forward(request)
+
+        return leaving
+
+    return layer
+
+
+async def test_it_runs_in_order_when_the_answer_is_out(upstream: RawUpstream) -> None:
+    caller, ran = Caller(), []
+
+    def step(name: str) -> Callable[[], Awaitable[None]]:
+        async def run() -> None:
+            await anyio.lowlevel.checkpoint()
+            ran.append((name, caller.complete))
+
+        return run
+
+    app = proxy(upstream.url, layers=[_afterwards(step("a"), step("b")), _afterwards(step("c"))])
+    await caller.call(app, http_scope())
+    assert ran == [("a", True), ("b", True), ("c", True)]
+    await app.aclose()
+
+
+async def test_what_fails_afterwards_is_said_and_keeps_nothing_from_running(
+    upstream: RawUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran = []
+
+    async def fails() -> None:
+        raise ZeroDivisionError("hunter2")
+
+    async def runs() -> None:
+        ran.append(True)
+
+    caller = await call(proxy(upstream.url, layers=[_afterwards(fails, runs)]), http_scope())
+    assert (caller.status, caller.complete) == (200, True)
+    assert ran == [True]
+    assert caplog.messages == ["what a layer does afterwards failed: ZeroDivisionError"]
+
+
+async def test_it_has_its_time(upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "AFTERWARDS_TIMEOUT", 0.05)
+    caller = await call(proxy(upstream.url, layers=[_afterwards(anyio.sleep_forever)]), http_scope())
+    assert (caller.status, caller.complete) == (200, True)
+
+
+async def test_it_runs_when_the_answer_was_cut_or_nobody_is_left(upstream: RawUpstream) -> None:
+    ran = []
+
+    async def runs() -> None:
+        await anyio.sleep(0.01)
+        ran.append(True)
+
+    app = proxy(upstream.url, layers=[_afterwards(runs)])
+    upstream.script = _cut
+    with pytest.raises(UpstreamAborted):
+        await Caller().call(app, http_scope())
+    upstream.script = _within
+    for ends in ("caller", "host"):
+        caller = Caller()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(caller.call, app, http_scope())
+            await caller.got_chunk.wait()
+            caller.left.set() if ends == "caller" else tasks.cancel_scope.cancel()
+    assert ran == [True] * 3
+    await app.aclose()
+
+
+async def test_nothing_runs_afterwards_of_what_no_layer_has_seen(upstream: RawUpstream) -> None:
+    async def runs() -> None:
+        raise AssertionError
+
+    caller = await call(proxy(upstream.url, layers=[_afterwards(runs)]), http_scope(headers=()))
+    assert caller.status == 401

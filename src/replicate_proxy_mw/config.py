@@ -91,9 +91,9 @@ class ProxyConfig:
     resolver_timeout: float = 2.0
     """For the key resolver, then 503: a create waits for it before anything is sent."""
 
-    store_timeout: float = 0.4
-    """For each call of the prediction store, then 503: a create that Replicate held for a minute waits for it, and
-    Replicate's client for Python has half a second more."""
+    store_timeout: float = 2.0
+    """For each call of the prediction store before anything goes up, then 503, as for the resolver. An answer that is
+    paid waits for 0.4 s at most."""
 
     lookup_versions: bool = False
     """Ask Replicate whose a bare version id is, once, where a key is restricted to some models, and whether

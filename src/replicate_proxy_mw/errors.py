@@ -183,7 +183,7 @@ class StoreFailed(ProxyError):
     status = 503
     code = "store_failed"
     outcome = "resolver_error"
-    message = "own_predictions: whose this is could not be looked up, and nothing was sent; try again."
+    message = "own_predictions: whose this is could not be looked up, and nothing was changed; try again."
 
     def __init__(self) -> None:
         super().__init__(headers=_SOON)

@@ -66,6 +66,11 @@ class ProxyResponse:
     body: AsyncIterable[bytes] = field(repr=False)
     aclose: Callable[[], Awaitable[None]] = field(default=_nothing_to_close, repr=False)
 
+    @property
+    def is_event_stream(self) -> bool:
+        """Whether the body is server-sent events (HTML standard, section 9.2)."""
+        return dict(self.headers).get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")
+
     @classmethod
     def json(cls, status: int, content: Any, *, headers: HeaderList = ()) -> ProxyResponse:
         """An answer made here, for layers that answer by themselves."""

@@ -25,11 +25,12 @@ from .layers.in_flight import limit_in_flight
 from .layers.links import rewrite_links
 from .layers.model_rules import check_models
 from .layers.ownership import own_predictions
+from .layers.recording import record_creations
 from .layers.resend import resend
 from .layers.unwrap import unwrap_data
 from .layers.whole import whole_answers
 from .policy import permit
-from .store import MemoryPredictionStore, PredictionStore
+from .store import Ledger, MemoryPredictionStore, PredictionStore
 from .telemetry import RequestSpan, Telemetry
 from .upstream import Upstream
 
@@ -94,7 +95,8 @@ class ReplicateProxyMiddleware:
         self._stream_hosts = Upstream(replace(config, max_connections=config.max_streams), transport)
         self._streams = self._stream_endpoint()
         self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
-        for layer in reversed(self._layers(layers, MemoryPredictionStore() if store is None else store)):
+        ledger = Ledger(MemoryPredictionStore() if store is None else store, timeout=config.store_timeout)
+        for layer in reversed(self._layers(layers, ledger)):
             self._forward = layer(self._forward)
 
     def _stream_endpoint(self) -> StreamEndpoint | None:
@@ -109,7 +111,7 @@ class ReplicateProxyMiddleware:
             timeout=self._stream_hosts.timeout | {"read": config.stream_timeout},
         )
 
-    def _layers(self, of_the_host: Sequence[Layer], store: PredictionStore) -> list[Layer]:
+    def _layers(self, of_the_host: Sequence[Layer], ledger: Ledger) -> list[Layer]:
         """From the outside in. The host's own see bodies unwrapped and links as Replicate wrote them, and only what
         the key's policy lets pass."""
         config = self._config
@@ -120,12 +122,8 @@ class ReplicateProxyMiddleware:
             public_url=config.public_url,
             stream_path=self._streams.path_for if self._streams else None,
         )
-        rules = [
-            limit_in_flight,
-            check_models(lookup_versions=config.lookup_versions),
-            own_predictions(store=store, timeout=config.store_timeout),
-        ]
-        inner = [whole_answers, resend(attempts=config.safe_retries)]
+        rules = [limit_in_flight, check_models(lookup_versions=config.lookup_versions), own_predictions(ledger)]
+        inner = [record_creations(ledger), whole_answers, resend(attempts=config.safe_retries)]
         return [*outer, links, *rules, *of_the_host, *inner]
 
     # A plain function that returns a coroutine would be taken for ASGI 2 by uvicorn and hypercorn.

@@ -14,7 +14,8 @@ from .headers import HeaderList
 from .json_bodies import members
 from .routing import Route
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+# Bounded, since versions are remembered: Replicate's names have up to 100 characters, its ids 64.
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _MODEL = re.compile(rf"({_NAME}/{_NAME})(?::({_NAME}))?")
 _VERSION = re.compile(_NAME)
 _JSON = re.compile(rb'application/json(?:\s*;\s*charset="?utf-8"?)?\s*')
@@ -29,8 +30,8 @@ _BODIES: Mapping[str, tuple[str, ...]] = {
     "deployments.update": (),
     "models.create": ("owner", "name"),
 }
-# Whatever the operation, since what one does not know another server may read.
-_FIELDS = frozenset(("version", "model", "destination", "deployment", "owner", "name"))
+# Whatever the operation, since what one does not know another server may read; `data` it might unwrap.
+_FIELDS = frozenset(("version", "model", "destination", "deployment", "owner", "name", "data"))
 
 
 class NotUnderstood(Exception):
@@ -64,7 +65,8 @@ def in_path(route: Route, target: str) -> Iterator[Named]:
     params = route.params
     for prefix, kind in (("model", ""), ("deployment", "deployments/")):
         if f"{prefix}_owner" in params:
-            yield Named(kind + _model(f"{params[f'{prefix}_owner']}/{params[f'{prefix}_name']}"))
+            name = kind + _model(f"{params[f'{prefix}_owner']}/{params[f'{prefix}_name']}")
+            yield Named(name, _version(params["version_id"]) if route.operation == "trainings.create" else None)
 
 
 def in_body(route: Route, headers: HeaderList, body: bytes) -> Iterator[Named]:
@@ -72,17 +74,21 @@ def in_body(route: Route, headers: HeaderList, body: bytes) -> Iterator[Named]:
 
     Raises:
         NotUnderstood: another content type or encoding than plain JSON in UTF-8, no object, a name that comes twice or
-            in another case, or no name where there has to be one.
+            in another spelling, or no name where there has to be one.
     """
     given = _given(headers, body)
     for name in _BODIES[route.operation or ""]:
         if name not in given:
             raise NotUnderstood(f"the body has no {name}")
-    model = given.get("model")
-    if model is not None:
-        yield Named(_model(model), _version(given["version"]) if "version" in given else None)
-    elif "version" in given:
-        yield _named(given["version"])
+    if route.operation == "deployments.create":
+        version = _version(given["version"]) if "version" in given else None
+        yield Named(_model(given["model"]), version)
+    else:
+        # Where `model` is no field of the operation, it does not say whose the version is.
+        if "model" in given:
+            yield Named(_model(given["model"]))
+        if "version" in given:
+            yield _named(given["version"])
     if "destination" in given:
         yield Named(_model(given["destination"]))
     if "deployment" in given:
@@ -100,10 +106,11 @@ def _given(headers: HeaderList, body: bytes) -> dict[str, Any]:
     given: dict[str, Any] = {}
     try:
         for name, value, _, _ in members(body.decode() or "{}"):
-            field = name.casefold()
+            # Parsers differ in case, and some drop or end a name at control characters and lone surrogates.
+            field = re.sub("[^a-z]", "", name.casefold())
             if field in _FIELDS:
-                if field != name or name in given:
-                    raise NotUnderstood(f"the body has more than one {field}, or in another case")
+                if field != name or name in given or name == "data":
+                    raise NotUnderstood(f"the body has {field} twice, in another spelling or where it is not known")
                 given[name] = value
     except (ValueError, RecursionError):
         raise NotUnderstood("the body is not a JSON object") from None

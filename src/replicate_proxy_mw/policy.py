@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from posixpath import normpath
+from functools import lru_cache
+from unicodedata import normalize
 from urllib.parse import unquote
 
 from .errors import PermissionDenied
@@ -14,14 +15,15 @@ from .operations import OPERATIONS
 from .routing import Route
 
 SECRET = "webhooks.default.secret.get"
-_SECRET_PATH = "/webhooks/default/secret"
 
 _SEGMENT = r"[A-Za-z0-9*][A-Za-z0-9*._-]*"
 _PATTERN = re.compile(rf"(?:deployments/)?{_SEGMENT}/{_SEGMENT}")
 
+# What no server takes for something else (RFC 3986, section 2.3), and what may end an id in base64.
+_PLAIN = re.compile(r"[A-Za-z0-9._~=/-]*")
+
 # More than any chain of servers would do, and bounded: each takes a look at the whole path.
 _DECODINGS = 8
-_PARAMETERS = re.compile(r"[?#].*|;[^/]*", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,15 +65,6 @@ class Policy:
     def __post_init__(self) -> None:
         operations = _texts("operations", self.operations)
         models = None if self.models is None else _texts("models", self.models)
-        ids: set[str] = set()
-        for pattern in operations:
-            matches = {one.id for one in OPERATIONS if _glob(pattern, any_="[a-z.]*").fullmatch(one.id)}
-            if not matches:
-                raise ValueError(f"operations: {pattern!r} stands for no operation of Replicate's API")
-            ids |= matches if pattern.startswith("webhooks.") else matches - {SECRET}
-        for pattern in models or ():
-            if not _PATTERN.fullmatch(pattern):
-                raise ValueError(f"models: {pattern!r} is neither owner/name nor deployments/owner/name")
         if self.max_in_flight is not None and not (type(self.max_in_flight) is int and self.max_in_flight > 0):
             raise ValueError("max_in_flight: must be a whole number above 0")
         if not isinstance(self.own_predictions, bool):
@@ -81,9 +74,9 @@ class Policy:
         put = object.__setattr__
         put(self, "operations", operations)
         put(self, "models", models)
-        put(self, "operation_ids", frozenset(ids))
+        put(self, "operation_ids", _operation_ids(operations))
         put(self, "unlisted", "*" in operations and models is None and not self.own_predictions)
-        put(self, "_models", re.compile("|".join(_glob(one, any_="[^/]*").pattern for one in models or ()) or r"(?!)"))
+        put(self, "_models", _any_of(models or ()))
 
     def allows_model(self, name: str) -> bool:
         """Whether the rule `models` has `name`, an `owner/name` or `deployments/owner/name`."""
@@ -99,7 +92,7 @@ def permit(policy: Policy, route: Route, path: str) -> None:
     if policy.expires_at is not None and datetime.now(UTC) >= policy.expires_at:
         raise PermissionDenied(f"expires_at: this key expired at {policy.expires_at.isoformat()}.")
     operation = route.operation
-    if (operation is None or "%" in path) and not _is_plain(policy, path):
+    if not _is_plain(policy, operation, path):
         raise PermissionDenied("operations: the path of this request can be read in more than one way.")
     if operation is None:
         if not policy.unlisted:
@@ -108,17 +101,17 @@ def permit(policy: Policy, route: Route, path: str) -> None:
         raise PermissionDenied(f"operations: this key may not use {operation}.")
 
 
-def _is_plain(policy: Policy, path: str) -> bool:
-    """Whether no server behind us can take `path` for what the policy refuses, however often it decodes it."""
+def _is_plain(policy: Policy, operation: str | None, path: str) -> bool:
+    """Whether no server behind us can take `path` for what the policy refuses, however it decodes and cuts it."""
     decoded = unquote(path)
     if not policy.unlisted:
-        return "%" not in decoded
-    if SECRET in policy.operation_ids:
+        return _PLAIN.fullmatch(decoded) is not None
+    if SECRET in policy.operation_ids or (operation is not None and "%" not in path):
         return True
     for _ in range(_DECODINGS):
         decoded = unquote(decoded)
-    loosely = _PARAMETERS.sub("", decoded.replace("\\", "/")).casefold()
-    return unquote(decoded) == decoded and "/" + normpath("/" + loosely).strip("/ ") != _SECRET_PATH
+    letters = re.sub("[^a-z]", "", normalize("NFKC", decoded).casefold())
+    return unquote(decoded) == decoded and not ("webhooks" in letters and "secret" in letters)
 
 
 def _texts(rule: str, value: object) -> tuple[str, ...]:
@@ -127,5 +120,25 @@ def _texts(rule: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _glob(pattern: str, *, any_: str) -> re.Pattern[str]:
-    return re.compile(any_.join(map(re.escape, pattern.split("*"))))
+# Resolvers may make a policy for each request.
+@lru_cache
+def _operation_ids(patterns: tuple[str, ...]) -> frozenset[str]:
+    ids: set[str] = set()
+    for pattern in patterns:
+        matches = {one.id for one in OPERATIONS if re.fullmatch(_glob(pattern, any_="[a-z.]*"), one.id)}
+        if not matches:
+            raise ValueError(f"operations: {pattern!r} stands for no operation of Replicate's API")
+        ids |= matches if pattern.startswith("webhooks.") else matches - {SECRET}
+    return frozenset(ids)
+
+
+@lru_cache
+def _any_of(models: tuple[str, ...]) -> re.Pattern[str]:
+    for pattern in models:
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(f"models: {pattern!r} is neither owner/name nor deployments/owner/name")
+    return re.compile("|".join(_glob(one, any_="[^/]*") for one in models) or r"(?!)")
+
+
+def _glob(pattern: str, *, any_: str) -> str:
+    return any_.join(map(re.escape, pattern.split("*")))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from replicate_proxy_mw import KeyRequest, PermissionDenied, ReplicateKey
 from replicate_proxy_mw.errors import LimitExceeded, Overloaded, ProxyError, ResolverFailed
 from replicate_proxy_mw.keys import CachedKeyResolver, FirstOf, KeyResolver, resolve
-from replicate_proxy_mw.keys.cached import NotVaried
+from replicate_proxy_mw.keys.cached import MAX_OF_ONE, NotVaried, _Entries
 
 pytestmark = pytest.mark.anyio
 
@@ -212,7 +212,7 @@ def test_every_field_is_tried() -> None:
 async def test_requests_that_differ_in_what_is_varied_share_nothing(name: str) -> None:
     inner = Inner()
     resolver = _cached(inner, vary=VARIED)
-    empty: list[Any] = [{}] if name == "metadata" else ["", None]
+    empty: list[Any] = [] if name == "api_key" else [{}] if name == "metadata" else ["", None]
     values = [getattr(REQUEST, name), VARIED[name], *empty]
     values = [value for number, value in enumerate(values) if value not in values[:number]]
     for _ in range(2):
@@ -578,6 +578,41 @@ def _texts(thing: object) -> set[str]:
     return texts
 
 
+def _count(entries: _Entries) -> int:
+    return sum(map(len, entries._by_caller.values()))
+
+
+async def test_a_caller_without_a_key_is_asked_for_each_time() -> None:
+    inner = Inner()
+    resolver = _cached(inner)
+    for _ in range(2):
+        await resolver(replace(REQUEST, api_key=""))
+    assert inner.asked == 2
+    with pytest.raises(NotVaried):
+        _ = inner.requests[0].scope
+
+
+async def test_a_caller_who_varies_a_request_pushes_out_its_own_alone() -> None:
+    inner = Inner()
+    resolver = _cached(inner, max_entries=2)
+    await resolver(replace(REQUEST, api_key="pk-other"))
+    for number in range(MAX_OF_ONE + 1):
+        await resolver(replace(REQUEST, config=str(number)))
+    asked = inner.asked
+    await resolver(replace(REQUEST, api_key="pk-other"))
+    await resolver(replace(REQUEST, config="1"))
+    assert inner.asked == asked
+    await resolver(replace(REQUEST, config="0"))
+    assert inner.asked == asked + 1
+
+
+async def test_a_default_for_what_is_not_shown_is_no_way_around() -> None:
+    inner = Inner()
+    await _cached(inner)(REQUEST)
+    with pytest.raises(NotVaried):
+        getattr(inner.requests[0], "scope", None)
+
+
 async def test_nothing_that_a_caller_sent_is_kept_or_printed(caplog: pytest.LogCaptureFixture) -> None:
     answers = [KEY, None, OnlyOnWeekdays(request=REQUEST), OSError("hunter2")]
     request = replace(REQUEST, caller_token="secret-token", virtual_key="secret-slug", config="secret-config")
@@ -586,7 +621,7 @@ async def test_nothing_that_a_caller_sent_is_kept_or_printed(caplog: pytest.LogC
         resolver._inner = Inner(answer)
         await _outcome(resolver, replace(request, api_key=f"pk-secret-{number}"))
     resolver._inner = Inner()
-    assert len(resolver._known) + len(resolver._refused) == 3
+    assert _count(resolver._known) + _count(resolver._refused) == 3
     texts = _texts([vars(resolver)])
     assert {"team-a", "only on weekdays"} <= texts
     assert not [text for text in texts if "secret" in text]
@@ -660,8 +695,8 @@ def test_several_event_loops_use_one_cache() -> None:
                 tasks.start_soon(ask, offset)
 
     _in_threads(main, main, main, main)
-    assert len(resolver._known) <= 5
-    assert len(resolver._refused) <= 5
+    assert _count(resolver._known) <= 5
+    assert _count(resolver._refused) <= 5
 
 
 TTL, NEGATIVE_TTL, STALE = 8, 3, 5

@@ -5,10 +5,11 @@ import json
 import pickle
 import pprint
 import traceback
+from typing import Any
 
 import pytest
 
-from replicate_proxy_mw import KeyRequest, ReplicateKey
+from replicate_proxy_mw import KeyRequest, Policy, ReplicateKey
 
 TOKEN = "r8_0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -64,3 +65,16 @@ def test_printing_a_request_shows_no_secret() -> None:
     )
     assert "secret" not in repr(request)
     assert "/predictions" in repr(request)
+
+
+@pytest.mark.parametrize("tenant", ["", 42, {"id": 1}, b"team-a", "team\n-a"])
+def test_a_tenant_is_a_name(tenant: Any) -> None:
+    with pytest.raises(ValueError, match="tenant"):
+        ReplicateKey("r8_aaaaaaaaaaaaaaaa", tenant=tenant)
+
+
+@pytest.mark.parametrize("policy", [Policy(own_predictions=True), Policy(max_in_flight=1)])
+def test_a_rule_that_counts_by_tenant_needs_one(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="name one"):
+        ReplicateKey("r8_aaaaaaaaaaaaaaaa", policy=policy)
+    assert ReplicateKey("r8_aaaaaaaaaaaaaaaa", tenant="team-a", policy=policy).policy is policy

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -95,13 +96,33 @@ def test_a_resolver_without_keys_would_be_an_open_door() -> None:
 
 
 def test_one_key_is_no_list_of_keys() -> None:
-    with pytest.raises(TypeError, match="list of keys"):
+    with pytest.raises(ValueError, match="list of keys"):
         StaticKeyResolver(TOKEN_A, api_keys="pk-1")
 
 
 def test_a_wrong_token_is_refused_when_the_resolver_is_made() -> None:
     with pytest.raises(ValueError, match="not a Replicate API token"):
         MappingKeyResolver({"pk-a": "r8"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StaticKeyResolver("hunter2", api_keys=["pk-hunter2"]),
+        lambda: StaticKeyResolver(TOKEN_A, api_keys=["pk-hunter2", ""]),
+        lambda: MappingKeyResolver({"pk-hunter2": "hunter2"}),
+        lambda: MappingKeyResolver({"pk-hunter2": {"@": "hunter2"}}),
+        lambda: MappingKeyResolver({"pk-hunter2": {"main": "hunter2"}}),
+    ],
+)
+def test_no_frame_of_an_error_shows_a_key(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        make()
+    shown = traceback.TracebackException.from_exception(raised.value, capture_locals=True)
+    frames = [frame for frame in shown.stack if "replicate_proxy_mw" in frame.filename]
+    assert frames
+    assert not any("hunter2" in text for frame in frames for text in (frame.locals or {}).values())
+    assert "hunter2" not in str(raised.value)
 
 
 MAIN, VIDEO = (

@@ -372,3 +372,40 @@ async def test_the_span_of_the_attempt_is_current_while_it_is_sent(
     await call(proxy(upstream.url, transport=transport, tracer_provider=tracer_provider), http_scope())
     await transport.inner.aclose()
     assert current == [spans.attempt.context]
+
+
+async def test_what_layers_note_stands_on_the_request_span(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded
+) -> None:
+    seen = []
+
+    def layer(forward: Forward) -> Forward:
+        async def noting(request: ProxyRequest) -> ProxyResponse:
+            request.notes[names.STORE_FAILED] = True
+            seen.append(request.traceparent)
+            return await forward(replace(request, headers=()))
+
+        return noting
+
+    await call(proxy(upstream.url, tracer_provider=tracer_provider, layers=[layer]), http_scope())
+    assert _of(spans.request, names.STORE_FAILED) == [True]
+    assert _of(spans.attempt, names.STORE_FAILED) == [None]
+    context = spans.request.context
+    assert context is not None
+    ids = f"{trace.format_trace_id(context.trace_id)}-{trace.format_span_id(context.span_id)}"
+    assert seen == [f"00-{ids}-{context.trace_flags:02x}"]
+
+
+async def test_without_a_trace_layers_are_told_of_none(upstream: RawUpstream) -> None:
+    seen = []
+
+    def layer(forward: Forward) -> Forward:
+        async def noting(request: ProxyRequest) -> ProxyResponse:
+            request.notes[names.STORE_FAILED] = True
+            seen.append(request.traceparent)
+            return await forward(request)
+
+        return noting
+
+    assert (await call(proxy(upstream.url, layers=[layer]), http_scope())).status == 200
+    assert seen == [None]

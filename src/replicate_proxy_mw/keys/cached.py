@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import anyio
@@ -27,12 +27,18 @@ _FIELDS = frozenset(one.name for one in fields(KeyRequest))
 # JSON tells where one value ends and another begins, and None from an empty one.
 _json = json.JSONEncoder(ensure_ascii=False).encode
 
+# So many accounts and configs one caller may go through; a caller who varies more is asked for again.
+MAX_OF_ONE = 16
+
 # Seconds between two lines in the log that say the same of one outage.
 _QUIET = 60.0
 
 
-class NotVaried(AttributeError):
-    """A resolver in a `CachedKeyResolver` looked at a field that the cache does not tell answers apart by."""
+class NotVaried(Exception):
+    """A resolver in a `CachedKeyResolver` looked at a field that the cache does not tell answers apart by.
+
+    No `AttributeError`: `getattr` with a default and `hasattr` would swallow it.
+    """
 
     def __init__(self, field: str) -> None:
         cure = "ask what needs it around the cache" if field == "scope" else "name it in vary of CachedKeyResolver"
@@ -59,8 +65,9 @@ class CachedKeyResolver:
             is revoked in an outage stays usable so much longer.
         timeout: seconds for `inner` to answer: below `resolver_timeout`, so that there is time left for a stale key, or
             to ask again after a caller has left.
-        max_entries: how many keys are remembered, and how many refusals; the one longest unused is forgotten for one
-            more. They are counted apart, so that unknown keys push out no known one. 10,000 of each take about 12 MB.
+        max_entries: how many callers' keys are remembered, and how many refusals; the one longest unused is forgotten
+            for one more. They are counted apart, so that unknown keys push out no known one. 10,000 of each take about
+            12 MB. Of one caller's key no more than 16 requests that differ are remembered.
         vary: fields of `KeyRequest`, `api_key` among them, but not `scope`: nothing tells two states of a host apart.
             By default what says who calls and with which account, not what for: one entry serves all operations.
         now: seconds that only grow.
@@ -93,19 +100,20 @@ class CachedKeyResolver:
             raise ValueError("vary: nothing tells two states of a host apart, so that scope cannot be in it")
         if "api_key" not in self._vary or not _FIELDS.issuperset(self._vary):
             raise ValueError("vary: has to have api_key, and nothing that is no field of KeyRequest")
-        self._inner, self._timeout, self._max_entries, self._now = inner, timeout, max_entries, now
+        self._inner, self._timeout, self._now = inner, timeout, now
         self._ttl, self._negative_ttl, self._stale_on_error = ttl, negative_ttl, stale_on_error
-        self._known: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._refused: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._known, self._refused = _Entries(max_entries), _Entries(max_entries)
         self._lock = threading.Lock()
         self._generation = 0
         # Events wake only those of their own event loop; anyio before 4.10 tells variables apart by name alone.
-        self._flights: RunVar[dict[bytes, _Flight]] = RunVar(f"replicate_proxy_mw.key_lookups.{uuid4()}")
+        self._flights: RunVar[dict[_Digest, _Flight]] = RunVar(f"replicate_proxy_mw.key_lookups.{uuid4()}")
         self._told: set[str] = set()
         self._quiet_until = float("-inf")
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | str | None:
-        digest = _digest([_plain(getattr(request, name)) for name in self._vary])
+        if not request.api_key:  # whom the host knows by other means, which nothing here tells apart
+            return await self._inner(_Shown.of(request, self._vary))
+        digest = _Digest(_digest(request.api_key), _digest([_plain(getattr(request, name)) for name in self._vary]))
         flights = self._flights.get(None)
         if flights is None:
             flights = {}
@@ -137,29 +145,27 @@ class CachedKeyResolver:
         with self._lock:
             self._generation += 1
             for entries in (self._known, self._refused):
-                for digest in [one for one, entry in entries.items() if caller in (None, entry.caller)]:
-                    del entries[digest]
+                entries.forget(caller)
 
-    def _remembered(self, digest: bytes) -> _Entry | None:
+    def _remembered(self, digest: _Digest) -> _Entry | None:
         now = self._now()
         with self._lock:
             for entries, seconds in ((self._known, self._ttl), (self._refused, self._negative_ttl)):
                 entry = entries.get(digest)
                 if entry is not None and now < entry.asked + seconds:
-                    entries.move_to_end(digest)
                     return entry
         return None
 
-    async def _ask(self, flight: _Flight, digest: bytes, request: KeyRequest) -> ReplicateKey | str | None:
+    async def _ask(self, flight: _Flight, digest: _Digest, request: KeyRequest) -> ReplicateKey | str | None:
         """Ask `inner`, for all who wait for `flight` too. Cancelled, it does not land, and the next of them asks."""
-        asked, caller = self._now(), _digest(request.api_key)
+        asked = self._now()
         try:
             with anyio.fail_after(self._timeout):
                 answer = await self._inner(_Shown.of(request, self._vary))
         except Exception as error:
             refusal = _Refusal.of(error)
             if isinstance(error, PermissionDenied):
-                self._remember(flight, digest, _Entry(refusal, asked, caller))
+                self._remember(flight, digest, _Entry(refusal, asked))
             if isinstance(error, NotVaried):
                 self._tell(error.field)
             # What is below 500 was said of the caller, on purpose: the resolver is in order.
@@ -172,21 +178,18 @@ class CachedKeyResolver:
             with suppress(ValueError):  # what is no token is refused where it arrives
                 answer = ReplicateKey(answer)
         if answer is None or isinstance(answer, ReplicateKey):
-            self._remember(flight, digest, _Entry(answer, asked, caller))
+            self._remember(flight, digest, _Entry(answer, asked))
         flight.land(answer)
         return answer
 
-    def _remember(self, flight: _Flight, digest: bytes, entry: _Entry) -> None:
+    def _remember(self, flight: _Flight, digest: _Digest, entry: _Entry) -> None:
         with self._lock:
             if flight.generation != self._generation:
                 return
             # From both: an outage must not bring back who is refused now.
-            self._known.pop(digest, None)
-            self._refused.pop(digest, None)
-            entries = self._known if isinstance(entry.answer, ReplicateKey) else self._refused
-            entries[digest] = entry
-            if len(entries) > self._max_entries:
-                entries.popitem(last=False)
+            self._known.drop(digest)
+            self._refused.drop(digest)
+            (self._known if isinstance(entry.answer, ReplicateKey) else self._refused).put(digest, entry)
 
     def _tell(self, field: str) -> None:
         """Say once which field it was: `resolve` logs the class of an exception alone."""
@@ -194,7 +197,7 @@ class CachedKeyResolver:
             self._told.add(field)
             logger.error("a cached key resolver looked at KeyRequest.%s, which its vary does not name", field)
 
-    def _stale(self, digest: bytes, error: Exception) -> _Entry | None:
+    def _stale(self, digest: _Digest, error: Exception) -> _Entry | None:
         """What to use in spite of `error`. The log gets its class name alone, and not with every request."""
         now = self._now()
         with self._lock:
@@ -226,8 +229,11 @@ class _Shown(KeyRequest):
         raise NotVaried(name)
 
     def __repr__(self) -> str:
-        names = [one.name for one in fields(self) if one.repr and hasattr(self, one.name)]
-        return f"KeyRequest({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        shown = []
+        for one in fields(self):
+            with suppress(NotVaried):
+                shown += [f"{one.name}={getattr(self, one.name)!r}"] if one.repr else []
+        return f"KeyRequest({', '.join(shown)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,11 +256,56 @@ class _Refusal:
         return error
 
 
+class _Digest(NamedTuple):
+    """What tells requests apart: whose they are, and all that is looked at."""
+
+    caller: bytes
+    request: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     answer: ReplicateKey | _Refusal | None
     asked: float
-    caller: bytes
+
+
+class _Entries:
+    """Answers by caller, so that nobody who varies a request pushes out others."""
+
+    def __init__(self, max_callers: int) -> None:
+        self._max_callers = max_callers
+        self._by_caller: OrderedDict[bytes, OrderedDict[bytes, _Entry]] = OrderedDict()
+
+    def get(self, digest: _Digest) -> _Entry | None:
+        entries = self._by_caller.get(digest.caller)
+        if entries is None or digest.request not in entries:
+            return None
+        self._by_caller.move_to_end(digest.caller)
+        entries.move_to_end(digest.request)
+        return entries[digest.request]
+
+    def put(self, digest: _Digest, entry: _Entry) -> None:
+        entries = self._by_caller.setdefault(digest.caller, OrderedDict())
+        self._by_caller.move_to_end(digest.caller)
+        entries[digest.request] = entry
+        if len(entries) > MAX_OF_ONE:
+            entries.popitem(last=False)
+        if len(self._by_caller) > self._max_callers:
+            self._by_caller.popitem(last=False)
+
+    def drop(self, digest: _Digest) -> None:
+        entries = self._by_caller.get(digest.caller)
+        if entries is not None and digest.request in entries:
+            del entries[digest.request]
+            if not entries:
+                del self._by_caller[digest.caller]
+
+    def forget(self, caller: bytes | None) -> None:
+        """Everything, if `caller` is None."""
+        if caller is None:
+            self._by_caller.clear()
+        else:
+            self._by_caller.pop(caller, None)
 
 
 class _Flight:

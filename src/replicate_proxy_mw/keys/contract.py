@@ -20,12 +20,13 @@ class ReplicateKey:
 
     Args:
         token: the API token, such as `r8_…`: 8 to 256 characters of `A-Z a-z 0-9 - . _ ~ + / =`.
-        tenant: the name under which spans and metrics count this key; never the caller's own key.
+        tenant: the name under which spans and metrics count this key, and whose predictions are kept apart; never the
+            caller's own key. Where several resolvers are in use, each needs names of its own.
         policy: what the key may do; by default everything but reading the account's webhook secret.
 
     Raises:
-        ValueError: the token is not of that form (the text does not hold it), or the policy has a rule that counts by
-            tenant, and there is none.
+        ValueError: the token is not of that form (the text does not hold it), the tenant is no name, or the policy has
+            a rule that counts by tenant and there is none.
     """
 
     __slots__ = ("_token", "policy", "tenant")
@@ -36,6 +37,8 @@ class ReplicateKey:
         del token
         if not self._token:
             raise ValueError("not a Replicate API token: 8 to 256 letters, digits or -._~+/=")
+        if tenant is not None and not (isinstance(tenant, str) and tenant and tenant.isprintable()):
+            raise ValueError("tenant: must be a text that can be printed")
         if not tenant and (policy.own_predictions or policy.max_in_flight is not None):
             raise ValueError("own_predictions and max_in_flight hold for a tenant: name one")
 

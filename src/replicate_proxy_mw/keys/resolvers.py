@@ -14,6 +14,10 @@ from .contract import KeyRequest, KeyResolver, ReplicateKey
 _REPLICATE_TOKEN = re.compile(r"r8_[A-Za-z0-9_]{8,128}|[0-9a-f]{40}")
 
 
+# One account, or several by slug.
+Given = ReplicateKey | str | Mapping[str, ReplicateKey | str]
+
+
 def _digest(api_key: str) -> bytes:
     return sha256(api_key.encode("utf-8", "surrogatepass")).digest()
 
@@ -24,11 +28,18 @@ class StaticKeyResolver:
     Args:
         key: the token, or a `ReplicateKey` with a tenant.
         api_keys: the keys that callers may send; at least one, since without any the proxy would be open.
+
+    Raises:
+        ValueError: there is no key, or an empty one; or what `ReplicateKey` raises.
     """
 
     def __init__(self, key: ReplicateKey | str, *, api_keys: Iterable[str]) -> None:
-        self._key = _key(key)
-        self._digests = tuple(_digest(api_key) for api_key in _not_empty(api_keys))
+        keys, problem = _by_digest(dict.fromkeys(api_keys, key) if not isinstance(api_keys, str) else {})
+        del key, api_keys  # exceptions show the locals of their frames
+        if problem:
+            raise ValueError(problem)
+        self._digests = tuple(keys)
+        self._key = next(key for key in keys.values() if isinstance(key, ReplicateKey))
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
         digest = _digest(request.api_key)
@@ -55,14 +66,12 @@ class MappingKeyResolver:
             `@`; or what `ReplicateKey` raises.
     """
 
-    def __init__(
-        self, keys: Mapping[str, ReplicateKey | str | Mapping[str, ReplicateKey | str]], *, caller_tokens: bool = False
-    ) -> None:
-        _not_empty(keys)
+    def __init__(self, keys: Mapping[str, Given], *, caller_tokens: bool = False) -> None:
+        self._keys, problem = _by_digest(keys)
+        del keys  # exceptions show the locals of their frames
+        if problem:
+            raise ValueError(problem)
         self._caller_tokens = caller_tokens
-        self._keys = {
-            _digest(api_key): _accounts(key) if isinstance(key, Mapping) else _key(key) for api_key, key in keys.items()
-        }
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
         found = self._keys.get(_digest(request.api_key))
@@ -101,22 +110,23 @@ class FirstOf:
         return None
 
 
+def _by_digest(keys: Mapping[str, Given]) -> tuple[dict[bytes, ReplicateKey | dict[str, ReplicateKey]], str | None]:
+    """The keys, or else what is wrong. Raises nothing, since its locals are secrets."""
+    if not keys or not all(keys):
+        return {}, "a resolver needs a list of keys, at least one key and none that is empty"
+    found: dict[bytes, ReplicateKey | dict[str, ReplicateKey]] = {}
+    try:
+        for api_key, given in keys.items():
+            if not isinstance(given, Mapping):
+                found[_digest(api_key)] = _key(given)
+            elif not given or not all(given) or any(slug.startswith("@") for slug in given):
+                return {}, "accounts by slug: a key needs at least one, and a slug is not empty and written without @"
+            else:
+                found[_digest(api_key)] = {slug: _key(key) for slug, key in given.items()}
+    except ValueError as error:
+        return {}, str(error)
+    return found, None
+
+
 def _key(key: ReplicateKey | str) -> ReplicateKey:
     return key if isinstance(key, ReplicateKey) else ReplicateKey(key)
-
-
-def _accounts(keys: Mapping[str, ReplicateKey | str]) -> Mapping[str, ReplicateKey]:
-    if not keys:
-        raise ValueError("accounts by slug: a key needs at least one")
-    if not all(keys) or any(slug.startswith("@") for slug in keys):
-        raise ValueError("accounts by slug: a slug is not empty and is written without @")
-    return {slug: _key(key) for slug, key in keys.items()}
-
-
-def _not_empty(api_keys: Iterable[str]) -> list[str]:
-    if isinstance(api_keys, str):
-        raise TypeError("api_keys is a list of keys, not one key")
-    listed = list(api_keys)
-    if not listed or not all(listed):
-        raise ValueError("a resolver needs at least one key, and none that is empty")
-    return listed

@@ -19,7 +19,7 @@ def whole_answers(forward: Forward) -> Forward:
 
     async def held(request: ProxyRequest) -> ProxyResponse:
         response = await forward(request)
-        if request.method != "POST" or request.operation is None or _is_stream(response):
+        if request.method != "POST" or request.operation is None or response.is_event_stream:
             return response
         chunks = response.body.__aiter__()
         body: list[bytes] = []
@@ -32,7 +32,3 @@ def whole_answers(forward: Forward) -> Forward:
         return replace(response, body=Chunks(body))
 
     return held
-
-
-def _is_stream(response: ProxyResponse) -> bool:
-    return dict(response.headers).get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")

@@ -57,7 +57,7 @@ class Call:
         try:
             value = json.loads(body or b"{}")
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # has to come out again
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise problem(400, f"JSON parse error - {exc}") from None
         check(value, {"type": "object", **schema})
         found: dict[str, Any] = value

@@ -1,0 +1,57 @@
+"""Recording whose a creation is, for the rule `own_predictions`: next to Replicate, below the host's layers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+from ..exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
+from ..json_bodies import asking_for_plain, held, members, plain_of
+from ..store import Ledger, StoredPrediction
+from ..telemetry.names import STORE_FAILED
+
+logger = logging.getLogger("replicate_proxy_mw")
+
+
+def record_creations(ledger: Ledger) -> Layer:
+    """Hold the answer to a create until it is recorded whose it is; it is paid, so it leaves even if that fails."""
+
+    def layer(forward: Forward) -> Forward:
+        async def recorded(request: ProxyRequest) -> ProxyResponse:
+            operation = request.route.details
+            if not request.key.policy.own_predictions or operation is None or not operation.creates:
+                return await forward(request)
+            response = await forward(asking_for_plain(request))
+            if not 200 <= response.status < 300:
+                return response
+            chunks, id = response.body, None
+            if not response.is_event_stream:
+                body, rest = await held(response.body)
+                chunks, id = Chunks([body], rest), _id(plain_of(response, body) if rest is None else body)
+            if id is None:
+                logger.error(
+                    "own_predictions: the answer to %s has no id; nobody will reach what it made", operation.id
+                )
+                request.notes[STORE_FAILED] = True
+            elif not await ledger.write(
+                id, StoredPrediction(tenant=request.key.tenant, traceparent=request.traceparent)
+            ):
+                request.notes[STORE_FAILED] = True
+                request.afterwards.append(partial(ledger.write_later, id))
+            return replace(response, body=chunks)
+
+        return recorded
+
+    return layer
+
+
+def _id(body: bytes | None) -> str | None:
+    """It stands at the top of the object, so that a piece of it may do."""
+    try:
+        for name, value, _, _ in members((body or b"").decode("utf-8", "replace")):
+            if name == "id":
+                return value if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        pass
+    return None
