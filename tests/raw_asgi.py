@@ -127,6 +127,21 @@ class Caller:
         return self
 
 
+class Arriving:
+    """A body that arrives in chunks and can be read once, as one from upstream."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+
+    def __aiter__(self) -> Arriving:
+        return self
+
+    async def __anext__(self) -> bytes:
+        for chunk in self._chunks:
+            return chunk
+        raise StopAsyncIteration
+
+
 async def call(app: ASGIApp, scope: dict[str, Any], *body: bytes) -> Caller:
     """One exchange with a caller that stays; closes the proxy's connections afterwards, where `app` is the proxy."""
     try:

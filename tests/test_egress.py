@@ -9,7 +9,7 @@ from replicate_proxy_mw import ProxyResponse
 from replicate_proxy_mw.egress import Reply, complete, render
 from replicate_proxy_mw.errors import ClientDisconnected, KeyMissing, RequestTimeout
 from replicate_proxy_mw.exchange import Chunks
-from tests.raw_asgi import Caller
+from tests.raw_asgi import Arriving, Caller
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +61,7 @@ async def test_a_server_that_says_the_caller_left() -> None:
 
 
 async def test_an_error_of_the_body_is_not_the_caller_s_leaving() -> None:
-    class Failing(Chunks):
+    class Failing(Arriving):
         async def __anext__(self) -> bytes:
             raise TimeoutError
 
@@ -70,7 +70,7 @@ async def test_an_error_of_the_body_is_not_the_caller_s_leaving() -> None:
 
 
 async def test_a_body_that_is_cut_is_not_ended() -> None:
-    class Cut(Chunks):
+    class Cut(Arriving):
         async def __anext__(self) -> bytes:
             raise ZeroDivisionError
 

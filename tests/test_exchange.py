@@ -20,7 +20,14 @@ async def test_a_json_answer_of_a_layer() -> None:
     await response.aclose()
 
 
-async def test_bytes_at_hand_are_a_body_that_is_read_once() -> None:
+async def test_bytes_at_hand_are_a_body_that_is_read_again() -> None:
     body = Chunks([b"a", b"b"])
-    assert [chunk async for chunk in body] == [b"a", b"b"]
-    assert [chunk async for chunk in body] == []
+    for _ in range(2):
+        assert [chunk async for chunk in body] == [b"a", b"b"]
+        assert body.at_hand == b"ab"
+
+
+async def test_bytes_at_hand_and_a_rest() -> None:
+    body = Chunks([b"a"], Chunks([b"b", b"c"]).__aiter__())
+    assert body.at_hand is None
+    assert [chunk async for chunk in body] == [b"a", b"b", b"c"]

@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,9 +93,17 @@ async def test_a_body_is_held_up_to_a_bound(chunks: list[bytes], whole: bytes, l
         for chunk in chunks:
             yield chunk
 
-    came, rest = await held(body(), max_size=5)
-    assert came == whole
-    assert (None if rest is None else [chunk async for chunk in rest]) == left
+    response, came, all_of_it = await held(replace(_response(), body=body()), max_size=5)
+    assert (came, all_of_it) == (whole, left is None)
+    assert [chunk async for chunk in response.body] == [whole, *(left or [])]
+
+
+@pytest.mark.anyio
+async def test_a_body_at_hand_is_looked_at_and_stays() -> None:
+    response = replace(_response(), body=Chunks([b"12", b"34"]))
+    assert await held(response, max_size=4) == (response, b"1234", True)
+    assert await held(response, max_size=3) == (response, b"1234", False)
+    assert [chunk async for chunk in response.body] == [b"12", b"34"]
 
 
 TEXT = b'{"a": "' + b"b" * 100 + b'"}'

@@ -26,7 +26,7 @@ from replicate_proxy_mw import (
 )
 from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted
 from replicate_proxy_mw.exchange import Chunks
-from tests.raw_asgi import KEY, TOKEN, Caller, call, host, http_scope, proxy
+from tests.raw_asgi import KEY, TOKEN, Arriving, Caller, call, host, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream, answer_all
 
 pytestmark = pytest.mark.anyio
@@ -720,7 +720,7 @@ async def test_upstream_is_closed_when_the_caller_leaves_within_the_upload(upstr
 async def test_a_caller_who_leaves_is_seen_behind_an_upload_that_nobody_wants(upstream: RawUpstream) -> None:
     closed = anyio.Event()
 
-    class Endless(Chunks):
+    class Endless(Arriving):
         async def __anext__(self) -> bytes:
             try:
                 await anyio.sleep_forever()

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .headers import HeaderList
 from .keys import ReplicateKey
 from .portkey import PortkeyContext
 from .routing import Route
+
+
+class Opened(Protocol):
+    """What is closed when an exchange ends."""
+
+    @property
+    def aclose(self) -> Callable[[], Awaitable[None]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +30,8 @@ class ProxyRequest:
     `replace(request, body=..., content_length=...)`. `content_length` is None for a body of unknown length.
 
     `traceparent` is that of the request span. `notes` are what is to stand on it beside, by names that
-    `telemetry.names` has; `afterwards` is run when the answer is out, for a few seconds at most.
+    `telemetry.names` has. `opened` is closed when the exchange ends, the last first, whatever happened; `afterwards` is
+    run when that is done, for a few seconds at most.
     """
 
     method: str
@@ -41,7 +49,7 @@ class ProxyRequest:
     traceparent: str | None = None
     notes: dict[str, bool | int | float | str] = field(default_factory=dict, compare=False)
     afterwards: list[Callable[[], Awaitable[None]]] = field(default_factory=list, repr=False, compare=False)
-    opened: list[ProxyResponse] = field(default_factory=list, repr=False, compare=False)
+    opened: list[Opened] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def operation(self) -> str | None:
@@ -80,13 +88,27 @@ class ProxyResponse:
 
 
 class Chunks:
-    """Bytes at hand, as a body; then, if there is a rest, that as it arrives."""
+    """Bytes at hand, as a body that can be read again; or these and then, once, the rest as it arrives."""
 
     def __init__(self, chunks: Iterable[bytes], rest: AsyncIterator[bytes] | None = None) -> None:
+        self._chunks = tuple(chunks)
+        self._rest = rest
+
+    @property
+    def at_hand(self) -> bytes | None:
+        """The whole body, None if there is a rest."""
+        return b"".join(self._chunks) if self._rest is None else None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _Reading(self._chunks, self._rest)
+
+
+class _Reading:
+    def __init__(self, chunks: Iterable[bytes], rest: AsyncIterator[bytes] | None) -> None:
         self._chunks = iter(chunks)
         self._rest = rest
 
-    def __aiter__(self) -> Chunks:
+    def __aiter__(self) -> _Reading:
         return self
 
     async def __anext__(self) -> bytes:

@@ -64,10 +64,13 @@ class RequestBody:
         if self._mismatch is not None:
             raise self._mismatch
 
-    @property
-    def whole(self) -> int | None:
-        """The length in bytes of a body that came with the first message, else None."""
-        return None if self._more else self.size
+    def whole(self) -> bytes | None:
+        """A body that came with the first message, which is then read; else None."""
+        if self._more:
+            return None
+        chunks = b"".join(self._chunks)
+        self._chunks.clear()
+        return chunks
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return _Reading(self)
@@ -76,7 +79,7 @@ class RequestBody:
         """The next chunk for `reading`, which has to be the one that took the first."""
         if self._reading is None:
             self._reading = reading
-        elif self._reading is not reading and self.whole != 0:
+        elif self._reading is not reading and (self._more or self.size):
             logger.error(
                 "the body was read twice: a layer that reads it passes on what it read, replace(request, body=...)"
             )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .exchange import Chunks, ProxyRequest, ProxyResponse
 from .headers import HeaderList
+
+Message = TypeVar("Message", ProxyRequest, ProxyResponse)
 
 # Bytes, as transferred and as decoded: four times the largest answer recorded, 25 models with their schemas.
 MAX_SIZE = 8 << 20
@@ -46,15 +48,21 @@ def is_readable(response: ProxyResponse, *, max_size: int = MAX_SIZE) -> bool:
     )
 
 
-async def held(body: AsyncIterable[bytes], *, max_size: int = MAX_SIZE) -> tuple[bytes, AsyncIterator[bytes] | None]:
-    """All of `body`; or what has come when it became longer than `max_size`, and the rest."""
-    chunks = body.__aiter__()
+async def held(
+    message: Message, *, max_size: int = MAX_SIZE, stop: Callable[[bytearray], bool] = lambda head: False
+) -> tuple[Message, bytes, bool]:
+    """`message` with its body at hand, that body, and whether it is all: what is longer, or is told by `stop` from what
+    has come, goes on as it comes."""
+    if isinstance(message.body, Chunks) and (at_hand := message.body.at_hand) is not None:
+        return message, at_hand, len(at_hand) <= max_size
+    chunks = message.body.__aiter__()
     read = bytearray()
     async for chunk in chunks:
         read += chunk
-        if len(read) > max_size:
-            return bytes(read), chunks
-    return bytes(read), None
+        if len(read) > max_size or stop(read):
+            return replace(message, body=Chunks([bytes(read)], chunks)), bytes(read), False
+    body = bytes(read)
+    return replace(message, body=Chunks([body])), body, True
 
 
 def plain_of(response: ProxyResponse, body: bytes, *, max_size: int = MAX_SIZE) -> bytes | None:

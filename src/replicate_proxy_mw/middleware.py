@@ -17,7 +17,7 @@ from .egress import Reply, complete, render
 from .endpoints import stream_urls
 from .endpoints.streams import StreamEndpoint
 from .errors import ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
-from .exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
+from .exchange import Chunks, Forward, Layer, Opened, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
@@ -244,8 +244,9 @@ class ReplicateProxyMiddleware:
         span.tenant(key.tenant)
         permit(key.policy, route, path)
         await body.begin(declared)
-        length = body.whole if declared is None else declared
-        content: AsyncIterable[bytes] = body
+        whole = body.whole()
+        length = declared if whole is None else len(whole)
+        content: AsyncIterable[bytes] = body if whole is None else Chunks([whole])
         if scope["method"] in ("GET", "HEAD"):
             # Portkey's asynchronous SDK sends `{}` along; content has no meaning there (RFC 9110, section 9.3.1).
             body.abandon()
@@ -315,13 +316,16 @@ async def _run(afterwards: list[Callable[[], Awaitable[None]]]) -> None:
                     logger.warning("what a layer does afterwards failed: %s", type(error).__name__)
 
 
-async def _close(opened: list[ProxyResponse]) -> None:
-    with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
-        for response in reversed(opened):
-            try:
-                await response.aclose()
-            except Exception as error:  # the answer is complete, or something else is on its way out
-                logger.warning("closing an answer failed: %s", type(error).__name__)
+async def _close(opened: Sequence[Opened]) -> None:
+    remaining = list(opened)
+    while remaining:
+        # Anew after one that hangs, since the others have connections, too.
+        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
+            while remaining:
+                try:
+                    await remaining.pop().aclose()
+                except Exception as error:  # the answer is complete, or something else is on its way out
+                    logger.warning("closing an answer failed: %s", type(error).__name__)
 
 
 def _opening(forward: Forward) -> Forward:

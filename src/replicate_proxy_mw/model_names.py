@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .headers import HeaderList
 from .json_bodies import members
@@ -18,6 +17,7 @@ from .routing import Route
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _MODEL = re.compile(rf"({_NAME}/{_NAME})(?::({_NAME}))?")
 _VERSION = re.compile(_NAME)
+_LETTERS = re.compile("[^a-z]+")
 _JSON = re.compile(rb'application/json(?:\s*;\s*charset="?utf-8"?)?\s*')
 
 # The operations whose body can name a model, and what it has to say in any case (Replicate's OpenAPI document).
@@ -38,8 +38,7 @@ class NotUnderstood(Exception):
     """What is wrong, in words for the caller."""
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(NamedTuple):
     """`name` is `owner/name` or `deployments/owner/name`, None where only a version is named.
 
     `version` is an id that runs, which is to be one of the model's.
@@ -107,7 +106,7 @@ def _given(headers: HeaderList, body: bytes) -> dict[str, Any]:
     try:
         for name, value, _, _ in members(body.decode() or "{}"):
             # Parsers differ in case, and some drop or end a name at control characters and lone surrogates.
-            field = re.sub("[^a-z]", "", name.casefold())
+            field = name if name in _FIELDS else _LETTERS.sub("", name.casefold())
             if field in _FIELDS:
                 if field != name or name in given or name == "data":
                     raise NotUnderstood(f"the body has {field} twice, in another spelling or where it is not known")

@@ -27,10 +27,11 @@ from replicate_proxy_mw.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from replicate_proxy_mw.exchange import Chunks, ProxyResponse
+from replicate_proxy_mw.exchange import ProxyResponse
 from replicate_proxy_mw.headers import HeaderList
 from replicate_proxy_mw.testing import FakeReplicate
 from replicate_proxy_mw.upstream import BoundedTransport
+from tests.raw_asgi import Arriving
 from tests.raw_upstream import Connection, RawUpstream
 
 KEY = "a-key-that-all-replicas-have-in-common"
@@ -404,7 +405,7 @@ async def test_an_answer_that_a_transport_should_not_have_given(status: int, hea
             closed.append(True)
 
         def __aiter__(self) -> AsyncIterator[bytes]:
-            return Chunks([])
+            return Arriving([])
 
     async def send(request: httpx.Request) -> httpx.Response:
         return httpx.Response(status, headers=headers, stream=Stream())

@@ -34,7 +34,7 @@ from replicate_proxy_mw.json_bodies import MAX_SIZE
 from replicate_proxy_mw.layers.links import PUBLIC_BASE, reached, rewrite_links, rewritten, root
 from replicate_proxy_mw.litestar import ReplicateProxyPlugin
 from replicate_proxy_mw.testing import FakeReplicate, serve
-from tests.raw_asgi import KEY, TOKEN, call, host, http_scope, proxy
+from tests.raw_asgi import KEY, TOKEN, Arriving, call, host, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream
 
 pytestmark = pytest.mark.anyio
@@ -347,7 +347,7 @@ async def _ask(
     """One exchange through the layer, with an upstream that answers `status`, `headers` and `body`."""
     asked: list[ProxyRequest] = []
     closed: list[bool] = []
-    body = Chunks([body[:3], body[3:]]) if isinstance(body, bytes) else body
+    body = Arriving([body[:3], body[3:]]) if isinstance(body, bytes) else body
 
     async def upstream(request: ProxyRequest) -> ProxyResponse:
         async def aclose() -> None:
@@ -660,7 +660,7 @@ async def test_an_answer_that_says_it_is_longer_is_not_read(length: bytes) -> No
     assert answered.response.headers == headers
 
 
-class Counted(Chunks):
+class Counted(Arriving):
     taken = 0
 
     async def __anext__(self) -> bytes:
@@ -700,7 +700,7 @@ async def test_an_answer_that_turns_out_longer_is_streamed_from_there() -> None:
     assert taken == [4, 4, 5, 6]
 
 
-class Cut(Chunks):
+class Cut(Arriving):
     async def __anext__(self) -> bytes:
         try:
             return await super().__anext__()

@@ -22,7 +22,7 @@ from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.portkey import PortkeyContext
 from replicate_proxy_mw.routing import UNKNOWN
 from replicate_proxy_mw.upstream import Upstream
-from tests.raw_asgi import TOKEN
+from tests.raw_asgi import TOKEN, Arriving
 from tests.raw_upstream import Connection, RawUpstream
 
 pytestmark = pytest.mark.anyio
@@ -235,7 +235,7 @@ async def test_an_answer_that_a_transport_should_not_have_given(status: int, hea
 
     class Stream(httpx.AsyncByteStream):
         def __aiter__(self) -> AsyncIterator[bytes]:
-            return Chunks([])
+            return Arriving([])
 
         async def aclose(self) -> None:
             closed.append(True)
@@ -251,7 +251,7 @@ async def test_an_answer_that_a_transport_should_not_have_given(status: int, hea
 
 
 async def test_a_caller_who_leaves_within_the_upload_is_no_failure_of_upstream(upstream: RawUpstream) -> None:
-    class Leaves(Chunks):
+    class Leaves(Arriving):
         async def __anext__(self) -> bytes:
             raise ClientDisconnected()
 

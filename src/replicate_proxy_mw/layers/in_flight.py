@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 from ..errors import LimitExceeded
 from ..exchange import Forward, ProxyRequest, ProxyResponse
@@ -13,7 +12,7 @@ _RETRY_AFTER = 1
 
 
 def limit_in_flight(forward: Forward) -> Forward:
-    """Count a request from here until the last byte of its answer is out, or its caller has left."""
+    """Count a request from here until its exchange ends: the last byte of its answer is out, or its caller has left."""
     in_flight: Counter[str | None] = Counter()
 
     async def counted(request: ProxyRequest) -> ProxyResponse:
@@ -23,29 +22,19 @@ def limit_in_flight(forward: Forward) -> Forward:
         if in_flight[tenant] >= limit:
             raise LimitExceeded(f"max_in_flight: {limit} requests are under way already.", retry_after=_RETRY_AFTER)
         in_flight[tenant] += 1
-        ended = False
-
-        def end() -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                in_flight[tenant] -= 1
-                if not in_flight[tenant]:
-                    del in_flight[tenant]
-
-        try:
-            response = await forward(request)
-        except BaseException:
-            end()
-            raise
-
-        async def aclose() -> None:
-            end()
-            await response.aclose()
-
-        answer = replace(response, aclose=aclose)
-        # Closed with the exchange, whatever becomes of it on its way to the caller.
-        request.opened.append(answer)
-        return answer
+        request.opened.append(_Place(in_flight, tenant))
+        return await forward(request)
 
     return counted
+
+
+class _Place:
+    """One of those places, until it is given back."""
+
+    def __init__(self, in_flight: Counter[str | None], tenant: str | None) -> None:
+        self._in_flight, self._tenant = in_flight, tenant
+
+    async def aclose(self) -> None:
+        self._in_flight[self._tenant] -= 1
+        if not self._in_flight[self._tenant]:
+            del self._in_flight[self._tenant]

@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from .. import routing
-from ..exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
+from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, for_one_caller, held, is_readable, members, plain_of, with_body
 
 PUBLIC_BASE = "https://api.replicate.com/v1"
@@ -177,11 +177,11 @@ def _located(response: ProxyResponse, link: Edit) -> tuple[ProxyResponse, bool]:
 
 async def _with_links(response: ProxyResponse, rewrite: Callable[[str], str]) -> tuple[ProxyResponse, bool]:
     """The answer with its links rewritten, and whether it had any. A body that is too long passes as it comes."""
-    came, rest = await held(response.body)
-    body = plain = plain_of(response, came) if rest is None else None
+    response, came, whole = await held(response)
+    body = plain = plain_of(response, came) if whole else None
     if plain is not None:
         with suppress(UnicodeDecodeError):
             body = rewrite(plain.decode()).encode()
     if body is None or body == came:
-        return replace(response, body=Chunks([came], rest)), False
+        return response, False
     return with_body(response, body), body != plain

@@ -40,11 +40,10 @@ def check_models(*, lookup_versions: bool, now: Callable[[], float] = time.monot
             try:
                 named = list(model_names.in_path(request.route, request.target))
                 if model_names.has_body(request.route):
-                    body, rest = await held(request.body, max_size=MAX_SIZE)
-                    if rest is not None:
+                    request, body, whole = await held(request, max_size=MAX_SIZE)
+                    if not whole:
                         raise NotUnderstood(f"a body of more than {MAX_SIZE} bytes is not searched for its model")
                     named += model_names.in_body(request.route, request.headers, body)
-                    request = replace(request, body=Chunks([body]))
             except NotUnderstood as error:
                 raise PermissionDenied(f"models: {error}, since this key is restricted to some models.") from None
             for one in named:
@@ -104,7 +103,7 @@ async def _look_up(target: str, request: ProxyRequest, forward: Forward) -> bool
         content_length=0,
     )
     response = await forward(asked)
-    await held(response.body)  # so that the connection can be used again
+    await held(response)  # so that the connection can be used again
     await response.aclose()
     if response.status not in (200, 403, 404):
         raise UpstreamFailed("The version could not be looked up at Replicate; nothing was created.")

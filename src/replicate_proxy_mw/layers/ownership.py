@@ -96,8 +96,8 @@ class _Page:
 async def _page(response: ProxyResponse) -> _Page | None:
     if not is_readable(response, max_size=MAX_PAGE):
         return None
-    body, rest = await held(response.body, max_size=MAX_PAGE)
-    plain = plain_of(response, body, max_size=MAX_PAGE) if rest is None else None
+    response, body, whole = await held(response, max_size=MAX_PAGE)
+    plain = plain_of(response, body, max_size=MAX_PAGE) if whole else None
     if plain is None:
         return None
     try:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import partial
 
-from ..exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
+from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held, members, plain_of
 from ..store import Ledger, StoredPrediction
 from ..telemetry.names import STORE_FAILED
@@ -25,10 +24,10 @@ def record_creations(ledger: Ledger) -> Layer:
             response = await forward(asking_for_plain(request))
             if not 200 <= response.status < 300:
                 return response
-            chunks, id = response.body, None
+            id = None
             if not response.is_event_stream:
-                body, rest = await held(response.body)
-                chunks, id = Chunks([body], rest), _id(plain_of(response, body) if rest is None else body)
+                response, body, whole = await held(response)
+                id = _id(plain_of(response, body) if whole else body)
             if id is None:
                 logger.error(
                     "own_predictions: the answer to %s has no id; nobody will reach what it made", operation.id
@@ -39,7 +38,7 @@ def record_creations(ledger: Ledger) -> Layer:
             ):
                 request.notes[STORE_FAILED] = True
                 request.afterwards.append(partial(ledger.write_later, id))
-            return replace(response, body=chunks)
+            return response
 
         return recorded
 

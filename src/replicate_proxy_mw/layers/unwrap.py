@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 
 from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
+from ..json_bodies import held
 
 # Longer bodies pass as they came. Parsing one holds up all other requests: the worst of this size a tenth of a second.
 # Replicate advises against data URIs of more than 256 kB.
@@ -26,20 +27,18 @@ def unwrap_data(forward: Forward) -> Forward:
     async def unwrapped(request: ProxyRequest) -> ProxyResponse:
         if request.method != "POST" or request.content_length == 0 or not _is_plain_json(request):
             return await forward(request)
-        chunks = request.body.__aiter__()
-        read = bytearray()
-        async for chunk in chunks:
-            read += chunk
-            if len(read) > MAX_SIZE or (len(read) >= _LONGEST_HEAD and not _WRAPPED.match(read)):
-                return await forward(replace(request, body=Chunks([bytes(read)], chunks)))
-        held = bytes(read)
-        content = inner(held)
+        request, body, whole = await held(request, max_size=MAX_SIZE, stop=_is_plain)
+        content = inner(body) if whole else None
         if content is None:
-            return await forward(replace(request, body=Chunks([held])))
-        body = Chunks([content])
-        return await forward(replace(request, body=body, content_length=len(content), unwrapped_data=True))
+            return await forward(request)
+        unwrapped = replace(request, body=Chunks([content]), content_length=len(content), unwrapped_data=True)
+        return await forward(unwrapped)
 
     return unwrapped
+
+
+def _is_plain(head: bytearray) -> bool:
+    return len(head) >= _LONGEST_HEAD and not _WRAPPED.match(head)
 
 
 def inner(body: bytes) -> bytes | None:

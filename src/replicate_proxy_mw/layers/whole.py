@@ -6,9 +6,8 @@ send the create again, which is paid again.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
+from ..exchange import Forward, ProxyRequest, ProxyResponse
+from ..json_bodies import held
 
 # Answers with images as data URIs were seen at 400 kB; larger ones are streamed.
 MAX_SIZE = 8 << 20
@@ -17,18 +16,10 @@ MAX_SIZE = 8 << 20
 def whole_answers(forward: Forward) -> Forward:
     """Hold the answer to a POST that Replicate's API has until it is complete, unless it is a stream of events."""
 
-    async def held(request: ProxyRequest) -> ProxyResponse:
+    async def whole(request: ProxyRequest) -> ProxyResponse:
         response = await forward(request)
         if request.method != "POST" or request.operation is None or response.is_event_stream:
             return response
-        chunks = response.body.__aiter__()
-        body: list[bytes] = []
-        size = 0
-        async for chunk in chunks:
-            body.append(chunk)
-            size += len(chunk)
-            if size > MAX_SIZE:
-                return replace(response, body=Chunks(body, chunks))
-        return replace(response, body=Chunks(body))
+        return (await held(response, max_size=MAX_SIZE))[0]
 
-    return held
+    return whole

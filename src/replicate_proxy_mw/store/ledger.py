@@ -75,6 +75,9 @@ class Ledger:
 
     async def write(self, id: str, prediction: StoredPrediction) -> bool:
         """Whether it is written; if not, it will be. Even if the caller leaves: the prediction is paid."""
+        if self._at_once:
+            await self._store.put(id, prediction)
+            return True
         self._unwritten[id] = prediction
         if len(self._unwritten) > MAX_UNWRITTEN:
             del self._unwritten[next(iter(self._unwritten))]
