@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import httpx
 import pytest
 
 from replicate_proxy_mw import KeyRequest, PermissionDenied
+from replicate_proxy_mw.errors import ResolverFailed
 from replicate_proxy_mw.keys import file as module
+from replicate_proxy_mw.keys import resolve
 from replicate_proxy_mw.keys.__main__ import main
 from replicate_proxy_mw.keys.file import FileKeyResolver
 from replicate_proxy_mw.keys.key_file import digest
@@ -43,8 +46,10 @@ def _text(*api_keys: str, providers: str = PROVIDERS) -> str:
     return "".join([providers, "[tenants.design]\n", *keys])
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, *, seconds_ago: float = 1) -> None:
+    """So long ago by default that nobody waits to see whether more is written."""
     path.write_text(text)
+    os.utime(path, (time.time() - seconds_ago,) * 2)
 
 
 def _read(path: Path) -> str:
@@ -74,15 +79,26 @@ def resolver(path: Path) -> FileKeyResolver:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are read."""
-    reads, read = [], Path.read_bytes
+def after_reading(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Path], None]]:
+    """What is called with the path of a file that was read, before anybody gets its content."""
+    calls: list[Callable[[Path], None]] = []
+    read = Path.read_bytes
 
     def read_bytes(path: Path) -> bytes:
-        reads.append(path)
-        return read(path)
+        content = read(path)
+        for one in calls:
+            one(path)
+        return content
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    return calls
+
+
+@pytest.fixture
+def reads(after_reading: list[Callable[[Path], None]]) -> list[Path]:
+    """The files that are read."""
+    reads: list[Path] = []
+    after_reading.append(reads.append)
     return reads
 
 
@@ -139,6 +155,7 @@ async def test_tokens_come_from_the_process_environment(path: Path, monkeypatch:
         (b'[providers.main]\ntoken = "env:NONE"', "providers.main.token: there is no environment variable NONE"),
         (b"# Andr\xe9\n", "it is not UTF-8, at byte 6"),
         (None, "it cannot be read: No such file or directory"),
+        (b"", "there is no provider, [providers.NAME]"),
     ],
 )
 def test_a_file_that_is_broken_from_the_start(path: Path, content: bytes | None, message: str) -> None:
@@ -149,6 +166,11 @@ def test_a_file_that_is_broken_from_the_start(path: Path, content: bytes | None,
     with pytest.raises(ValueError, match=r".") as raised:
         FileKeyResolver(path, environ=ENVIRON)
     assert str(raised.value) == f"{path}: {message}"
+
+
+async def test_a_byte_order_mark_is_no_matter(path: Path) -> None:
+    _write(path, "\ufeff" + _text("pk-1"))
+    assert await _token(FileKeyResolver(path, environ=ENVIRON), "pk-1") == TOKEN_A
 
 
 def test_a_broken_file_gives_no_secret_away(path: Path, tmp_path: Path) -> None:
@@ -241,19 +263,135 @@ async def test_a_token_is_rotated_in_its_file(path: Path, tmp_path: Path, caplog
     _write(path, _text("pk-1", providers='[providers.main]\ntoken = "file:token"\n'))
     resolver = FileKeyResolver(path, environ={}, check_interval=0)
     assert await _token(resolver, "pk-1") == TOKEN_A
-    token.write_text(TOKEN_B)
+    _write(token, TOKEN_B)
     assert await _token(resolver, "pk-1") == TOKEN_B
-    token.write_text("half a t")
+    _write(token, "half a t")
     assert await _token(resolver, "pk-1") == TOKEN_B
     token.unlink()
     assert await _token(resolver, "pk-1") == TOKEN_B
-    token.write_text(TOKEN_A)
+    _write(token, TOKEN_A)
     assert await _token(resolver, "pk-1") == TOKEN_A
     assert [message.split(": ", 1)[1] for message in caplog.messages] == [
         "providers.main.token: what the file token holds is not a Replicate API token: 8 to 256 letters, digits or "
         "-._~+/=; what was read before still holds",
         "providers.main.token: the file token cannot be read: No such file or directory; what was read before still "
         "holds",
+    ]
+
+
+NEW = '[providers.new]\ntoken = "env:NEW"\naliases = ["also-new"]\n'
+
+
+async def test_a_token_that_is_not_to_be_had_fails_its_provider_alone(
+    path: Path, resolver: FileKeyResolver, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(path, _text("pk-1", "pk-3", providers=PROVIDERS + NEW))
+    for _ in range(2):
+        assert await _token(resolver, "pk-2") is None
+        assert await _token(resolver, "pk-3") == TOKEN_A
+        assert await _token(resolver, "pk-3", provider="@second") == TOKEN_B
+    problem = "providers.new.token: there is no environment variable NEW"
+    assert caplog.messages == [f"key file {path}: {problem}; requests for new fail"]
+    for slug in ("new", "also-new"):
+        with pytest.raises(ResolverFailed):
+            await resolve(resolver, _request("pk-3", provider=f"@{slug}"), seconds=5)
+    assert caplog.messages[1:] == ["key resolver failed: TokenMissing"] * 2
+    assert {record.levelname for record in caplog.records} == {"ERROR"}
+    with pytest.raises(ValueError, match=problem):
+        FileKeyResolver(path, environ=ENVIRON)
+
+
+async def test_a_token_that_is_not_to_be_had_any_more_is_kept_while_the_rest_changes(
+    path: Path, tmp_path: Path, resolver: FileKeyResolver, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(path, _text("pk-1", providers=PROVIDERS.replace("env:B", "file:token")))
+    assert await _token(resolver, "pk-2") is None
+    assert await _token(resolver, "pk-1", provider="@second") == TOKEN_B
+    assert await _token(resolver, "pk-1") == TOKEN_A
+    problem = "providers.second.token: the file token cannot be read: No such file or directory"
+    assert caplog.messages == [f"key file {path}: {problem}; what was read before still holds"]
+    _write(tmp_path / "token", TOKEN_A)
+    assert await _token(resolver, "pk-1", provider="@second") == TOKEN_A
+    assert len(caplog.messages) == 1
+
+
+async def test_a_token_is_rotated_while_the_key_file_is_broken(path: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "token", TOKEN_A)
+    _write(path, _text("pk-1", providers='[providers.main]\ntoken = "file:token"\n'))
+    resolver = FileKeyResolver(path, environ={}, check_interval=0)
+    _write(path, "broken")
+    assert await _token(resolver, "pk-1") == TOKEN_A
+    _write(tmp_path / "token", TOKEN_B)
+    assert await _token(resolver, "pk-1") == TOKEN_B
+
+
+async def test_a_read_that_fails_once_is_tried_again(
+    path: Path,
+    resolver: FileKeyResolver,
+    after_reading: list[Callable[[Path], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(module, "SETTLES", 0.0)
+    _write(path, _text("pk-1"))
+    after_reading.append(fail)
+    for _ in range(2):
+        assert await _token(resolver, "pk-2") == TOKEN_A
+    after_reading.clear()
+    assert await _token(resolver, "pk-2") is None
+    assert caplog.messages == [
+        f"key file {path}: it cannot be read: Too many open files; what was read before still holds"
+    ]
+
+
+async def test_only_files_are_read(path: Path, resolver: FileKeyResolver, caplog: pytest.LogCaptureFixture) -> None:
+    os.unlink(path)
+    os.mkfifo(path)
+    with anyio.fail_after(10):
+        assert await _token(resolver, "pk-1") == TOKEN_A
+    assert caplog.messages == [
+        f"key file {path}: it cannot be read: not a regular file; what was read before still holds"
+    ]
+    with pytest.raises(ValueError, match="not a regular file"):
+        FileKeyResolver(path, environ=ENVIRON)
+
+
+async def test_half_of_a_file_is_not_believed(
+    path: Path, resolver: FileKeyResolver, after_reading: list[Callable[[Path], None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def write_on(path: Path) -> None:
+        path.write_text(_text("pk-1", "pk-2", "pk-3"))
+
+    after_reading.append(write_on)
+    for half in ("", PROVIDERS, _text("pk-1")):
+        _write(path, half, seconds_ago=0)
+        assert await _token(resolver, "pk-2") == TOKEN_A
+    assert await _token(resolver, "pk-3") == TOKEN_A
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("hours", [0, 24])
+async def test_a_file_that_is_written_all_the_time_is_believed_in_the_end(
+    path: Path, resolver: FileKeyResolver, after_reading: list[Callable[[Path], None]], hours: float
+) -> None:
+    def touch(path: Path) -> None:
+        os.utime(path, (time.time() + hours * 3600,) * 2)
+
+    _write(path, _text("pk-1"), seconds_ago=0)
+    after_reading.append(touch)
+    assert await _token(resolver, "pk-2") is None
+
+
+async def test_an_empty_file_changes_nothing(
+    path: Path, resolver: FileKeyResolver, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(path, "")
+    assert await _token(resolver, "pk-1") == TOKEN_A
+    assert caplog.messages == [
+        f"key file {path}: there is no provider, [providers.NAME]; what was read before still holds"
     ]
 
 
@@ -299,7 +437,7 @@ async def test_what_was_changed_just_now_is_read_until_it_cannot_have_changed_un
     await resolver(_request("pk-1"))
     await resolver(_request("pk-1"))
     assert reads == [path] * 3
-    monkeypatch.setattr(module, "SETTLES_NS", 0)
+    monkeypatch.setattr(module, "SETTLES", 0.0)
     await resolver(_request("pk-1"))
     assert reads == [path] * 4
     await resolver(_request("pk-1"))
@@ -307,15 +445,40 @@ async def test_what_was_changed_just_now_is_read_until_it_cannot_have_changed_un
     assert caplog.messages == []
 
 
+async def test_a_file_of_the_future_is_not_read_for_ever(
+    path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(path, (time.time() + 86400,) * 2)
+    resolver = FileKeyResolver(path, environ=ENVIRON, check_interval=0)
+    monkeypatch.setattr(module, "SETTLES", 0.0)
+    await resolver(_request("pk-1"))
+    reads.clear()
+    await resolver(_request("pk-1"))
+    assert reads == []
+
+
 @pytest.fixture
-def slow(path: Path, tmp_path: Path) -> FileKeyResolver:
-    """One that has to read a token file again, which is a pipe now: that takes until somebody writes into it."""
-    token = tmp_path / "token"
-    token.write_text(TOKEN_A)
-    path.write_text(_text("pk-1", providers='[providers.main]\ntoken = "file:token"\n'))
+def let(after_reading: list[Callable[[Path], None]]) -> Iterator[threading.Event]:
+    """Until it is set, the read of a token file hangs."""
+    let = threading.Event()
+    let.set()
+
+    def wait(path: Path) -> None:
+        assert path.name != "token" or let.wait(30)
+
+    after_reading.append(wait)
+    yield let
+    let.set()
+
+
+@pytest.fixture
+def slow(path: Path, tmp_path: Path, let: threading.Event) -> FileKeyResolver:
+    """One that has to read a token file again, which takes until it is `let`."""
+    _write(tmp_path / "token", TOKEN_A)
+    _write(path, _text("pk-1", providers='[providers.main]\ntoken = "file:token"\n'))
     resolver = FileKeyResolver(path, environ={}, check_interval=3600)
-    token.unlink()
-    os.mkfifo(token)
+    _write(tmp_path / "token", TOKEN_B)
+    let.clear()
     return resolver
 
 
@@ -325,7 +488,7 @@ async def _until_reading(resolver: FileKeyResolver) -> None:
     await anyio.wait_all_tasks_blocked()
 
 
-async def test_requests_that_meet_a_change_wait_for_it_together(slow: FileKeyResolver, tmp_path: Path) -> None:
+async def test_requests_that_meet_a_change_wait_for_it_together(slow: FileKeyResolver, let: threading.Event) -> None:
     tokens: list[str | None] = []
 
     async def ask() -> None:
@@ -337,12 +500,12 @@ async def test_requests_that_meet_a_change_wait_for_it_together(slow: FileKeyRes
                 tasks.start_soon(ask)
             await _until_reading(slow)
             assert tokens == []
-            await anyio.Path(tmp_path / "token").write_text(TOKEN_B)
+            let.set()
     assert tokens == [TOKEN_B] * 20
 
 
 async def test_a_caller_who_leaves_takes_nothing_from_those_who_wait_with_it(
-    slow: FileKeyResolver, tmp_path: Path
+    slow: FileKeyResolver, let: threading.Event
 ) -> None:
     tokens: list[str | None] = []
     leaving = anyio.CancelScope()
@@ -363,11 +526,11 @@ async def test_a_caller_who_leaves_takes_nothing_from_those_who_wait_with_it(
             leaving.cancel()
             await anyio.wait_all_tasks_blocked()
             assert tokens == []
-            await anyio.Path(tmp_path / "token").write_text(TOKEN_B)
+            let.set()
     assert tokens == [TOKEN_B]
 
 
-def test_a_task_that_asyncio_cancels_takes_nothing_either(slow: FileKeyResolver, tmp_path: Path) -> None:
+def test_a_task_that_asyncio_cancels_takes_nothing_either(slow: FileKeyResolver, let: threading.Event) -> None:
     async def main() -> None:
         leaving = asyncio.ensure_future(_token(slow, "pk-1"))
         await _until_reading(slow)
@@ -378,15 +541,45 @@ def test_a_task_that_asyncio_cancels_takes_nothing_either(slow: FileKeyResolver,
             await leaving
         await anyio.wait_all_tasks_blocked()
         assert not staying.done()
-        await anyio.Path(tmp_path / "token").write_text(TOKEN_B)
+        let.set()
         assert await asyncio.wait_for(staying, 10) == TOKEN_B
 
     asyncio.run(main())
 
 
+async def test_a_disk_that_hangs_keeps_one_thread_and_no_request(
+    slow: FileKeyResolver, tmp_path: Path, let: threading.Event, reads: list[Path]
+) -> None:
+    async def ask() -> None:
+        with pytest.raises(ResolverFailed):
+            await resolve(slow, _request("pk-1"), seconds=0.2)
+
+    with anyio.fail_after(10):
+        await ask()
+        threads = threading.active_count()
+        for _ in range(3):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(5):
+                    tasks.start_soon(ask)
+        assert threading.active_count() <= threads
+        assert reads.count(tmp_path / "token") == 0  # it is still being read
+        let.set()
+        assert await _token(slow, "pk-1") == TOKEN_B
+    assert reads.count(tmp_path / "token") == 1
+
+
+def test_one_thread_reads_at_a_time_and_what_has_changed(path: Path, reads: list[Path]) -> None:
+    resolver = FileKeyResolver(path, environ=ENVIRON)
+    reads.clear()
+    with resolver._lock:
+        resolver._reload(resolver._seen)
+    resolver._reload({})
+    assert reads == []
+
+
 def test_two_event_loops_share_what_is_read(path: Path, reads: list[Path], anyio_backend: str) -> None:
     resolver = FileKeyResolver(path, environ=ENVIRON, check_interval=3600)
-    path.write_text(_text("pk-1", "pk-2", "pk-3"))
+    _write(path, _text("pk-1", "pk-2", "pk-3"))
     reads.clear()
     tokens: list[str | None] = []
 
@@ -475,7 +668,7 @@ async def test_a_token_file_is_rotated_under_the_proxy(
     app = proxy(fake_replicate.url, key_resolver=FileKeyResolver(path, environ={}, check_interval=0))
     scope = http_scope(target="/v1/account", headers=[(b"x-portkey-api-key", b"pk-1")])
     assert json.loads((await call(app, scope)).content)["username"] == "acme"
-    (tmp_path / "token").write_text(TOKEN_B)
+    _write(tmp_path / "token", TOKEN_B)
     assert json.loads((await call(app, scope)).content)["username"] == "globex"
 
 
@@ -488,7 +681,7 @@ async def test_a_key_is_refused_from_the_next_request_on(
         headers = [(b"x-portkey-api-key", api_key.encode())]
         return (await call(app, http_scope(target="/v1/account", headers=headers))).status
 
-    assert main([str(path), "add", "--tenant", "film"]) == 0
+    assert main([str(path), "add", "--tenant", "film", "--new-tenant"]) == 0
     added = capsys.readouterr().out.strip()
     assert await status(added) == 200
     content = _read(path)

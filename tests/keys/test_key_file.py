@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from replicate_proxy_mw.keys.key_file import KeyFile, digest, parse, replicate_keys
+from replicate_proxy_mw import ReplicateKey
+from replicate_proxy_mw.keys.key_file import KeyFile, digest, parse, read_tokens, replicate_keys
 from replicate_proxy_mw.policy import Policy
 
 TOKEN = "r8_0123456789abcdefghijklmnopqrstuvwxyz"
@@ -87,20 +88,43 @@ def test_the_earlier_end_counts() -> None:
     assert alone.policy == Policy(expires_at=datetime(2028, 1, 1, tzinfo=UTC))
 
 
+def _authorization(key: ReplicateKey | None) -> bytes:
+    assert key is not None
+    return key.authorization()
+
+
 def test_what_each_key_may_use() -> None:
-    found = replicate_keys(parse(FULL), environ={"REPLICATE_API_TOKEN": TOKEN}, read=_read)
+    content = parse(FULL)
+    tokens, problems = read_tokens(content, environ={"REPLICATE_API_TOKEN": TOKEN}, read=_read)
+    assert (tokens, problems) == ({"main": TOKEN, "second": OTHER}, {})
+    found = replicate_keys(content, tokens)
     design = found[b"\x9f" * 32]
     assert [*design] == ["second", "main", "replicate-abc123", "pc-prod-1f2e"]
-    assert design["second"].authorization() == b"Bearer " + OTHER.encode()
-    assert design["main"] is design["pc-prod-1f2e"]
-    assert (design["main"].authorization(), design["main"].tenant) == (b"Bearer " + TOKEN.encode(), "design")
-    assert design["main"].policy.expires_at == datetime(2026, 12, 31, 23, tzinfo=UTC)
+    assert _authorization(design["second"]) == b"Bearer " + OTHER.encode()
+    assert _authorization(design["main"]) == b"Bearer " + TOKEN.encode()
+    main = design["pc-prod-1f2e"]
+    assert main is design["main"]
+    assert main is not None
+    assert (main.tenant, main.policy.expires_at) == ("design", datetime(2026, 12, 31, 23, tzinfo=UTC))
     assert [*found[b"\xcd" * 32]] == ["main", "replicate-abc123", "pc-prod-1f2e"]
 
 
+def test_a_provider_without_a_token_takes_nothing_from_the_others() -> None:
+    content = parse(FULL)
+    tokens, problems = read_tokens(content, environ={}, read=_read)
+    assert tokens == {"second": OTHER}
+    assert problems == {"main": "providers.main.token: there is no environment variable REPLICATE_API_TOKEN"}
+    design = replicate_keys(content, tokens)[b"\x9f" * 32]
+    assert [*design] == ["second", "main", "replicate-abc123", "pc-prod-1f2e"]
+    assert _authorization(design["second"]) == b"Bearer " + OTHER.encode()
+    assert (design["main"], design["pc-prod-1f2e"]) == (None, None)
+
+
 def test_no_keys_at_all_are_allowed() -> None:
-    assert parse("") == KeyFile(providers={}, policies={}, tenants={}, keys={})
-    assert replicate_keys(parse("[tenants.a]\n"), environ={}, read=_read) == {}
+    content = parse("")
+    assert content == KeyFile(providers={}, policies={}, tenants={}, keys={})
+    assert read_tokens(content, environ={}, read=_read) == ({}, {})
+    assert replicate_keys(content, {}) == {}
 
 
 def test_the_digest_of_a_key() -> None:
@@ -159,6 +183,11 @@ KEY = f'{BASE}[keys.k]\ndigest = "{DIGEST}"\ntenant = "design"\n'
         (KEY.replace('tenant = "design"', ""), "keys.k.tenant: is missing"),
         (BASE + "[keys.k]", "keys.k.digest: is missing"),
         (KEY.replace("9f", "9", 1), 'keys.k.digest: must be "sha256:" and 64 hexadecimal digits; no key stands here'),
+        (
+            KEY.replace(DIGEST, f"sha256:{digest('test').hex()}"),
+            'keys.k.digest: it is that of the empty text, or of "te',
+        ),
+        (KEY.replace(DIGEST, f"sha256:{digest('').hex().upper()}"), "keys.k.digest: it is that of the empty text, or"),
         (KEY + KEY[KEY.index("[keys") :].replace(".k]", ".l]"), "keys.l.digest: it is that of keys.k, too"),
         (KEY[KEY.index("[tenants") :], "keys.k: there is no provider; a key needs one, [providers.NAME]"),
     ],
@@ -196,11 +225,12 @@ def _report(function: Callable[[], object]) -> tuple[str, str]:
         f'[providers.main]\ntoken = "{TOKEN}',
         f'[tenants.a]\npolicy = "{TOKEN.replace("r8_", "pk-")}"',
         f'[tenants.a]\npolicy = "{"0123456789" * 4}"',
+        '[tenants.a]\npolicy = "pk-56789"',
     ],
 )
 def test_a_secret_in_the_wrong_place_is_not_shown(text: str) -> None:
     message, shown = _report(lambda: parse(text))
-    assert "0123456789" not in message + shown
+    assert "56789" not in message + shown
 
 
 def test_a_plain_token_is_refused_with_the_way_to_write_it() -> None:
@@ -214,6 +244,7 @@ def test_a_plain_token_is_refused_with_the_way_to_write_it() -> None:
     ("token", "message"),
     [
         ("env:NONE", "there is no environment variable NONE"),
+        (f"env:{TOKEN}", "there is no environment variable ***"),
         ("env:EMPTY", "what the environment variable EMPTY holds is not a Replicate API token: 8 to 256 letters"),
         ("env:WRONG", "what the environment variable WRONG holds is not a Replicate API token: 8 to 256 letters"),
         ("file:wrong", "what the file wrong holds is not a Replicate API token: 8 to 256 letters"),
@@ -229,9 +260,10 @@ def test_a_token_that_is_not_to_be_had(token: str, message: str) -> None:
         raise FileNotFoundError(2, "No such file or directory", path)
 
     environ = {"EMPTY": "", "WRONG": f"{TOKEN} {TOKEN}", "FINE": TOKEN}
-    said, shown = _report(lambda: replicate_keys(content, environ=environ, read=read))
-    assert said.startswith(f"providers.main.token: {message}")
-    assert "0123456789" not in said + shown
+    tokens, problems = read_tokens(content, environ=environ, read=read)
+    assert tokens == {}
+    assert problems["main"].startswith(f"providers.main.token: {message}")
+    assert "56789" not in problems["main"]
 
 
 def test_printing_shows_no_digest() -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import runpy
 import stat
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -154,16 +159,21 @@ def test_a_key_beside_others_keeps_comments_and_layout(path: Path, capsys: pytes
     assert (key["policy"], key["expires_at"]) == ("readers", datetime(2028, 1, 31, tzinfo=UTC))
 
 
-def test_a_tenant_that_is_new(path: Path) -> None:
-    assert main([str(path), "add", "--tenant", "a b"]) == 0
+def test_a_tenant_that_is_new(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = _refused(capsys, path, "add", "--tenant", "desing")
+    assert said == "there is no tenant of that name; --new-tenant makes one"
+    assert main([str(path), "add", "--tenant", "a b", "--new-tenant"]) == 0
     assert tomllib.loads(path.read_text())["tenants"]["a b"] == {}
+    capsys.readouterr()
+    said = _refused(capsys, path, "add", "--tenant", "design", "--new-tenant")
+    assert said == "there is a tenant of that name already"
 
 
 @pytest.mark.parametrize(
     ("expires", "seconds"), [("30d", 30 * 86400), ("2999-01-01T00:00:00+01:00", None), ("2999-01-01", None)]
 )
 def test_ways_to_say_when_a_key_ends(path: Path, expires: str, seconds: int | None) -> None:
-    assert main([str(path), "add", "--tenant", "film", "--expires", expires]) == 0
+    assert main([str(path), "add", "--tenant", "film", "--new-tenant", "--expires", expires]) == 0
     [key] = [key for key in _keys(path).values() if key["tenant"] == "film"]
     if seconds is None:
         assert key["expires_at"].isoformat().startswith(expires)
@@ -191,7 +201,7 @@ def test_an_end_that_cannot_be(path: Path, capsys: pytest.CaptureFixture[str], e
 def test_a_key_that_cannot_be(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 'there is no policy "writers"' in _refused(capsys, path, "add", "--tenant", "design", "--policy", "writers")
     assert "must be a printable string" in _refused(capsys, path, "add", "--tenant", "design", "--name", "a\nb")
-    assert "a name must not be empty" in _refused(capsys, path, "add", "--tenant", "")
+    assert "a name must not be empty" in _refused(capsys, path, "add", "--tenant", "", "--new-tenant")
 
 
 def test_wrong_usage(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +219,36 @@ def test_the_table_of_keys(path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "two    design  server        readers  -                     2029-01-01T00:00:00Z",
         "three  other   server        -        -                     -",
     ]
+
+
+def test_the_first_day_and_the_last_in_the_table_of_keys(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = TEXT.replace("2026-11-21T10:00:00+01:00", "0001-01-01T00:00:00+14:00")
+    path.write_text(text.replace("expires_at = 2029-01-01T00:00:00Z", "created = 9999-12-31T23:59:59-12:00"))
+    assert main([str(path), "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "0001-01-01T00:00:00+14:00" in lines[1]
+    assert "9999-12-31T23:59:59-12:00" in lines[2]
+
+
+def test_a_key_that_cannot_be_shown_is_not_added(path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        for arguments in (["add", "--tenant", "design"], ["list"]):
+            done = subprocess.run([*COMMAND, str(path), *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+            assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+    assert path.read_text() == TEXT
+
+
+def test_what_was_added_is_undone_if_it_cannot_be_shown(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115 - it fails to close, too
+    monkeypatch.setattr(sys, "stdout", full)
+    assert main([str(path), "add", "--tenant", "design"]) == 1
+    assert sys.stdout is sys.stderr
+    with suppress(OSError):
+        full.close()
+    assert path.read_text() == TEXT
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
 
 
 def test_a_key_is_revoked_by_its_id(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,10 +316,100 @@ def test_a_layout_that_cannot_be_edited(path: Path, capsys: pytest.CaptureFixtur
 
 def test_ends_of_lines_stay(path: Path) -> None:
     path.write_bytes(TEXT.replace("\n", "\r\n").encode())
-    assert main([str(path), "add", "--tenant", "film", "--name", "new"]) == 0
+    assert main([str(path), "add", "--tenant", "film", "--new-tenant", "--name", "new"]) == 0
     assert b"\r\n[tenants.film]\r\n" in path.read_bytes()
     assert main([str(path), "revoke", "new"]) == 0
     assert b"\n" not in path.read_bytes().replace(b"\r\n", b"")
+
+
+def test_an_end_of_line_of_old_macs_is_no_other(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_bytes(TEXT.replace("\n", "\r").encode())
+    for arguments in (["list"], ["revoke", "one"]):
+        assert "'\\r' (at line 1" in _refused(capsys, path, *arguments)
+
+
+def test_a_byte_order_mark_is_no_matter(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert main([str(path), "list"]) == 0
+    assert main([str(path), "revoke", "one"]) == 0
+    assert "one" not in _keys(path)
+
+
+@pytest.fixture
+def someone_else() -> Iterator[Path]:
+    """A folder that everybody may write to, and a user who is neither root nor in any group of its file's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "keys.toml"
+        path.write_text(TEXT)
+        if os.getuid() != 0:
+            yield path
+            return
+        groups, group = os.getgroups(), os.getegid()
+        os.setgroups([])
+        os.setegid(23456)
+        os.seteuid(12345)
+        try:
+            yield path
+        finally:
+            os.seteuid(0)
+            os.setegid(group)
+            os.setgroups(groups)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (0o600, "its owner cannot be kept, who alone can read it: run this as its owner or as root"),
+        (0o640, "its group cannot be kept, which has rights to it: run this as a member of it or as root"),
+        (0o664, "its group cannot be kept, which has rights to it: run this as a member of it or as root"),
+        (0o644, None),
+        (0o604, None),
+    ],
+)
+def test_a_file_that_its_readers_could_not_read_any_more(someone_else: Path, mode: int, message: str | None) -> None:
+    descriptor, name = tempfile.mkstemp(dir=someone_else.parent)
+    os.close(descriptor)
+    old = os.stat_result((stat.S_IFREG | mode, 0, 0, 1, os.geteuid() + 1, os.getegid() + 1, 0, 0, 0, 0))
+    if message is None:
+        module._hand_over(name, old)
+        assert stat.S_IMODE(os.stat(name).st_mode) == mode
+    else:
+        with pytest.raises(ValueError, match=message):
+            module._hand_over(name, old)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_s_edit_is_refused_where_the_owner_could_not_read_it(
+    someone_else: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chmod(mode: int, group: int) -> None:
+        user = os.geteuid()
+        os.seteuid(0)
+        os.chown(someone_else, 0, group)
+        os.chmod(someone_else, mode)
+        os.seteuid(user)
+
+    chmod(0o646, 34567)
+    assert main([str(someone_else), "revoke", "two"]) == 0
+    capsys.readouterr()
+    chmod(0o664, 34567)
+    assert "its group cannot be kept" in _refused(capsys, someone_else, "revoke", "one")
+    chmod(0o660, 23456)
+    assert main([str(someone_else), "revoke", "one"]) == 0
+    after = someone_else.stat()
+    assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (12345, 23456, 0o660)
+
+
+def test_a_file_that_is_mounted_by_itself(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(source: str, target: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", source, None, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    said = _refused(capsys, path, "revoke", "one")
+    assert said == f"{path} is mounted by itself and cannot be replaced: mount its folder"
 
 
 def test_what_a_file_is_stays(path: Path, tmp_path: Path) -> None:
@@ -338,7 +468,7 @@ def test_without_tomlkit_only_editing_fails(
     monkeypatch.setitem(sys.modules, "tomlkit", None)
     assert main([str(path), "list"]) == 0
     capsys.readouterr()
-    for arguments in (["add", "--tenant", "a"], ["revoke", "one"], ["provider", "add", "b", "env:B"]):
+    for arguments in (["add", "--tenant", "design"], ["revoke", "one"], ["provider", "add", "b", "env:B"]):
         assert main([str(path), *arguments]) == 2
         out, error = capsys.readouterr()
         assert out == ""
@@ -358,9 +488,34 @@ def test_without_fcntl_there_is_no_lock(
     assert "one" not in _keys(path)
 
 
+def test_a_folder_that_stays_locked(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with module._locked(path.parent):
+        said = _refused(capsys, path, "revoke", "one")
+    assert said == "another program has locked the folder of this file: try again later"
+    assert main([str(path), "revoke", "one"]) == 0
+
+
+def test_a_file_system_without_locks(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main([str(path), "revoke", "one"]) == 0
+    assert capsys.readouterr().err == (
+        "warning: no lock: No locks available; run one command at a time\nKey one is revoked.\n"
+    )
+
+
 def test_commands_at_the_same_time_lose_nothing(path: Path) -> None:
     adding = [
-        subprocess.Popen([*COMMAND, str(path), "add", "--tenant", f"team-{number}"], stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [*COMMAND, str(path), "add", "--tenant", f"team-{number}", "--new-tenant"], stdout=subprocess.PIPE
+        )
         for number in range(4)
     ]
     api_keys = [process.communicate(timeout=30)[0].decode().strip() for process in adding]
