@@ -25,6 +25,7 @@ from replicate_proxy_mw import (
     KeyRequest,
     KeyResolver,
     MappingKeyResolver,
+    Policy,
     PermissionDenied,
     ProxyConfig,
     ReplicateKey,
@@ -186,10 +187,12 @@ class Stage:
             "the connection drops within the answer": stack.enter_context(RawUpstream(_drop_within)),
         }
         bring = MappingKeyResolver({KEY: ReplicateKey(TOKEN, tenant="team-a")}, caller_tokens=True)
+        secret = ReplicateKey(TOKEN, tenant="team-a", policy=Policy(operations=["webhooks.*"]))
         apps: dict[str, Any] = {
             "": self._proxy(self._api),
             "read_timeout=0.2": self._proxy(self._api, read_timeout=0.2),
             "caller_tokens=True": self._proxy(self._api, key_resolver=bring),
+            'Policy(operations=["webhooks.*"])': self._proxy(self._api, key_resolver=MappingKeyResolver({KEY: secret})),
         }
         apps |= {when: self._proxy(raw.url) for when, raw in self._raw.items()}
         apps["proxy_streams=True"] = self._proxy(

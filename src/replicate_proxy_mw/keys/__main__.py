@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import secrets
 import stat
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +27,9 @@ except ImportError:  # Windows: there, two commands at a time may lose one's wor
     fcntl = None  # type: ignore[assignment]
 
 PROGRAM = "python -m replicate_proxy_mw.keys"
+
+# For another command to end: one takes some milliseconds.
+LOCK_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_add_provider)
 
     command = commands.add_parser("add", help="make a key, and print it this once")
-    command.add_argument("--tenant", metavar="NAME", required=True, help="whose it is; made if there is none")
+    command.add_argument("--tenant", metavar="NAME", required=True, help="whose it is")
+    command.add_argument(
+        "--new-tenant", action="store_true", help="make that tenant, with all providers; not needed for the first"
+    )
     command.add_argument("--name", metavar="LABEL", help="what to call the key")
     command.add_argument("--policy", metavar="NAME", help="what it may do, in place of the tenant's policy")
     command.add_argument(
@@ -127,11 +135,14 @@ def _add(arguments: argparse.Namespace) -> None:
             "policy": arguments.policy,
         }
         if arguments.tenant not in content.tenants:
+            if content.tenants and not arguments.new_tenant:  # what was mistyped would have no policy
+                raise ValueError("there is no tenant of that name; --new-tenant makes one")
             text = _with(text, "tenants", arguments.tenant, {})
+        elif arguments.new_tenant:
+            raise ValueError("there is a tenant of that name already")
         return _with(text, "keys", id, {name: value for name, value in fields.items() if value is not None})
 
-    _edit(arguments.file, edit, create=True)
-    print(api_key, flush=True)
+    _edit(arguments.file, edit, create=True, then=lambda: _print(api_key))
     print(f"This is key {id} of {arguments.tenant}. It is shown only now: the file has its digest.", file=sys.stderr)
 
 
@@ -141,8 +152,8 @@ def _list(arguments: argparse.Namespace) -> None:
         created, expires = _shown(key.created), _shown(key.policy.expires_at)
         rows.append((id, key.tenant, key.name or "-", key.policy_name or "-", created, expires))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    _print("\n".join(lines))
 
 
 def _revoke(arguments: argparse.Namespace) -> None:
@@ -167,26 +178,44 @@ def _check(arguments: argparse.Namespace) -> None:
     FileKeyResolver(arguments.file)
     content = key_file.parse(_read(arguments.file))
     counts = {kind: len(getattr(content, kind)) for kind in ("providers", "policies", "tenants", "keys")}
-    print(f"{arguments.file}: {', '.join(f'{kind}: {count}' for kind, count in counts.items())}")
+    _print(f"{arguments.file}: {', '.join(f'{kind}: {count}' for kind, count in counts.items())}")
 
 
 def _shown(moment: datetime | None) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if moment else "-"
+    if moment is None:
+        return "-"
+    with suppress(OverflowError):  # the first day and the last of all, in other time zones
+        moment = moment.astimezone(UTC)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = sys.stderr  # else the interpreter tries again when it ends
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes().decode("utf-8-sig")
 
 
-def _edit(path: Path, edit: Callable[[str], str], *, create: bool = False) -> None:
-    """Put what `edit` makes of the text in its place, at once and only if it is a key file."""
+def _edit(
+    path: Path, edit: Callable[[str], str], *, create: bool = False, then: Callable[[], None] = lambda: None
+) -> None:
+    """Put what `edit` makes of the text in its place, at once and only if it is a key file. Undone if `then` fails."""
     target = Path(os.path.realpath(path))
     with _locked(target.parent):
-        exists = target.exists() or not create
-        text = edit(_read(target) if exists else "")
+        old = target.read_bytes() if target.exists() or not create else b""
+        text = edit(old.decode("utf-8-sig").replace("\r\n", "\n"))
         key_file.parse(text)
-        crlf = exists and b"\r\n" in target.read_bytes()
-        _replace(target, (text.replace("\n", "\r\n") if crlf else text).encode())
+        _replace(target, (text.replace("\n", "\r\n") if b"\r\n" in old else text).encode())
+        try:
+            then()
+        except BaseException:
+            _replace(target, old)
+            raise
 
 
 @contextmanager
@@ -197,10 +226,24 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise ValueError("another program has locked the folder of this file: try again later") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: no lock: {error.strerror}; run one command at a time", file=sys.stderr)
+            return None
+        time.sleep(0.05)
 
 
 def _replace(target: Path, content: bytes) -> None:
@@ -216,13 +259,31 @@ def _replace(target: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         if old is not None:
-            with suppress(OSError, AttributeError):  # only root may, and Windows has no such thing
-                os.chown(name, old.st_uid, old.st_gid)
-            os.chmod(name, stat.S_IMODE(old.st_mode))
+            _hand_over(name, old)
         os.replace(name, target)
-    except BaseException:
+    except BaseException as error:
         os.unlink(name)
+        if isinstance(error, OSError) and error.errno == errno.EBUSY:
+            raise ValueError(f"{target} is mounted by itself and cannot be replaced: mount its folder") from None
         raise
+
+
+def _hand_over(name: str, old: os.stat_result) -> None:
+    """Owner, group and mode of the old file for the new one.
+
+    Raises:
+        ValueError: they cannot be kept, and whoever could read the old file might not read the new one.
+    """
+    for owner, group in ((old.st_uid, -1), (-1, old.st_gid)):
+        with suppress(OSError, AttributeError):  # only root may, but for a group of one's own; Windows has none
+            os.chown(name, owner, group)
+    new, mode = os.stat(name), stat.S_IMODE(old.st_mode)
+    of_group, of_others = mode >> 3 & 7, mode & 7
+    if new.st_uid != old.st_uid and not (of_group | of_others) & 4:
+        raise ValueError("its owner cannot be kept, who alone can read it: run this as its owner or as root")
+    if new.st_gid != old.st_gid and of_group & ~of_others:
+        raise ValueError("its group cannot be kept, which has rights to it: run this as a member of it or as root")
+    os.chmod(name, mode)
 
 
 def _with(text: str, kind: str, name: str, fields: Mapping[str, Any]) -> str:

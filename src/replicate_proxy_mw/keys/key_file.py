@@ -31,7 +31,7 @@ _DIGEST = re.compile(r"sha256:([0-9A-Fa-f]{64})")
 _REFERENCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|file:[^\s\0][^\0]*")
 
 # Replicate's tokens, the old ones too, and our own keys: in the wrong place, they would come back in a message.
-_SECRET = re.compile(r"r8_\w+|(?<!\w)[0-9a-f]{40}(?!\w)|pk-[\w-]{16,}")
+_SECRET = re.compile(r"r8_\w+|(?<!\w)[0-9a-f]{40}(?!\w)|pk-[\w-]{5,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +76,10 @@ class KeyFile:
 def digest(api_key: str) -> bytes:
     """What a key is known by."""
     return sha256(api_key.encode("utf-8", "surrogatepass")).digest()
+
+
+# What documentation shows, and what a script makes of a variable that is not set.
+_EXAMPLES = (digest(""), digest("test"))
 
 
 def _telling_no_secret(function: Callable[P, T]) -> Callable[P, T]:
@@ -127,26 +131,36 @@ def parse(text: str) -> KeyFile:
     return KeyFile(providers=providers, policies=policies, tenants=tenants, keys=keys)
 
 
-@_telling_no_secret
-def replicate_keys(
+def read_tokens(
     content: KeyFile, *, environ: Mapping[str, str], read: Callable[[str], bytes]
-) -> Mapping[bytes, Mapping[str, ReplicateKey]]:
-    """What each key may use: by the digest of the key, then by provider and alias; the first is the default.
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The tokens by the names of their providers; and where one is not to be had, what is wrong, without a secret.
 
     Args:
         environ: where `env:NAME` is looked up.
         read: from the path in `file:PATH`, as it is written, to what the file holds. May raise OSError.
-
-    Raises:
-        ValueError: names the provider, and the variable or path, of a token that is not to be had.
     """
-    tokens = {
-        name: _token(f"providers.{name}.token", provider.token, environ, read)
-        for name, provider in content.providers.items()
-    }
-    found: dict[bytes, Mapping[str, ReplicateKey]] = {}
+    tokens: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    for name, provider in content.providers.items():
+        try:
+            tokens[name] = _token(f"providers.{name}.token", provider.token, environ, read)
+        except ValueError as error:
+            problems[name] = _SECRET.sub("***", str(error))
+    return tokens, problems
+
+
+def replicate_keys(content: KeyFile, tokens: Mapping[str, str]) -> Mapping[bytes, Mapping[str, ReplicateKey | None]]:
+    """What each key may use: by the digest of the key, then by provider and alias; the first is the default.
+
+    It is None where `tokens` lacks the provider.
+    """
+    found: dict[bytes, Mapping[str, ReplicateKey | None]] = {}
     for key in content.keys.values():
-        own = {name: ReplicateKey(tokens[name], tenant=key.tenant, policy=key.policy) for name in key.providers}
+        own = {
+            name: ReplicateKey(tokens[name], tenant=key.tenant, policy=key.policy) if name in tokens else None
+            for name in key.providers
+        }
         aliases = {alias: own[name] for name in own for alias in content.providers[name].aliases}
         found[key.digest] = own | aliases
     return found
@@ -212,6 +226,9 @@ def _key(
     of_digest = _DIGEST.fullmatch(_text(where, table, "digest", required=True) or "")
     if not of_digest:
         raise ValueError(f'{where}.digest: must be "sha256:" and 64 hexadecimal digits; no key stands here itself')
+    of_key = bytes.fromhex(of_digest[1])
+    if of_key in _EXAMPLES:
+        raise ValueError(f'{where}.digest: it is that of the empty text, or of "test", which anybody can guess')
     tenant_name = _one_of(where, table, "tenant", "tenant", tenants, required=True) or ""
     tenant = tenants[tenant_name]
     policy_name = _one_of(where, table, "policy", "policy", policies) or tenant.policy
@@ -222,7 +239,7 @@ def _key(
     if not providers:
         raise ValueError(f"{where}: there is no provider; a key needs one, [providers.NAME]")
     return Key(
-        digest=bytes.fromhex(of_digest[1]),
+        digest=of_key,
         tenant=tenant_name,
         name=_text(where, table, "name"),
         created=_moment(where, table, "created"),
