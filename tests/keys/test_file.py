@@ -29,6 +29,12 @@ from tests.raw_asgi import call, http_scope, proxy
 
 pytestmark = pytest.mark.anyio
 
+
+@pytest.fixture(autouse=True)
+def _no_more_than_errors(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "replicate_proxy_mw")
+
+
 TOKEN_A, TOKEN_B = "r8_aaaaaaaaaaaaaaaaaaaaaaaa", "r8_bbbbbbbbbbbbbbbbbbbbbbbb"
 ENVIRON = {"A": TOKEN_A, "B": TOKEN_B}
 
