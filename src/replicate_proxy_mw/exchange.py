@@ -77,7 +77,8 @@ class ProxyResponse:
     @property
     def is_event_stream(self) -> bool:
         """Whether the body is server-sent events (HTML standard, section 9.2)."""
-        return dict(self.headers).get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")
+        types = [value for name, value in self.headers if name == b"content-type"]
+        return bool(types) and types[-1].strip().lower().startswith(b"text/event-stream")
 
     @classmethod
     def json(cls, status: int, content: Any, *, headers: HeaderList = ()) -> ProxyResponse:

@@ -28,6 +28,9 @@ _OF_THE_BYTES = frozenset(
 )
 
 
+_NOT_KEPT = (b"cache-control", b"private, no-store")
+
+
 def asking_for_plain(request: ProxyRequest) -> ProxyRequest:
     """`request` for an answer that is whole and not encoded."""
     kept = [pair for pair in request.headers if pair[0] not in _NOT_UP]
@@ -91,12 +94,14 @@ def without_length(response: ProxyResponse) -> ProxyResponse:
 
 def for_one_caller(response: ProxyResponse) -> ProxyResponse:
     """`response`, which no cache may keep."""
-    kept = tuple(pair for pair in response.headers if pair[0] != b"cache-control")
-    return replace(response, headers=(*kept, (b"cache-control", b"private, no-store")))
+    if _NOT_KEPT in response.headers:
+        return response
+    headers = (*[pair for pair in response.headers if pair[0] != b"cache-control"], _NOT_KEPT)
+    return ProxyResponse(status=response.status, headers=headers, body=response.body, aclose=response.aclose)
 
 
 def _value(headers: HeaderList, name: bytes) -> bytes:
-    return b", ".join(value for key, value in headers if key == name).strip().lower()
+    return b", ".join([value for key, value in headers if key == name]).strip().lower()
 
 
 _OBJECT = re.compile(r"[ \t\n\r]*\{")

@@ -5,12 +5,12 @@ Only one reading is taken: whatever leaves a second one open, to whoever reads b
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .headers import HeaderList
-from .json_bodies import members
 from .routing import Route
 
 # Bounded, since versions are remembered: Replicate's names have up to 100 characters, its ids 64.
@@ -19,6 +19,8 @@ _MODEL = re.compile(rf"({_NAME}/{_NAME})(?::({_NAME}))?")
 _VERSION = re.compile(_NAME)
 _LETTERS = re.compile("[^a-z]+")
 _JSON = re.compile(rb'application/json(?:\s*;\s*charset="?utf-8"?)?\s*')
+
+_decode = json.JSONDecoder(object_pairs_hook=list).decode
 
 # The operations whose body can name a model, and what it has to say in any case (Replicate's OpenAPI document).
 _BODIES: Mapping[str, tuple[str, ...]] = {
@@ -62,6 +64,8 @@ def in_path(route: Route, target: str) -> Iterator[Named]:
     if has_body(route) and "?" in target:
         raise NotUnderstood("this operation takes no query")
     params = route.params
+    if not params:
+        return
     for prefix, kind in (("model", ""), ("deployment", "deployments/")):
         if f"{prefix}_owner" in params:
             name = kind + _model(f"{params[f'{prefix}_owner']}/{params[f'{prefix}_name']}")
@@ -103,17 +107,27 @@ def _given(headers: HeaderList, body: bytes) -> dict[str, Any]:
     if b"content-encoding" in fields:
         raise NotUnderstood("the body has to come without content-encoding")
     given: dict[str, Any] = {}
-    try:
-        for name, value, _, _ in members(body.decode() or "{}"):
-            # Parsers differ in case, and some drop or end a name at control characters and lone surrogates.
-            field = name if name in _FIELDS else _LETTERS.sub("", name.casefold())
-            if field in _FIELDS:
-                if field != name or name in given or name == "data":
-                    raise NotUnderstood(f"the body has {field} twice, in another spelling or where it is not known")
-                given[name] = value
-    except (ValueError, RecursionError):
-        raise NotUnderstood("the body is not a JSON object") from None
+    for name, value in _pairs(body):
+        # Parsers differ in case, and some drop or end a name at control characters and lone surrogates.
+        plain = name.isascii() and name.isalpha() and name.islower()
+        field = name if plain else _LETTERS.sub("", name.casefold())
+        if field in _FIELDS:
+            if field != name or name in given or name == "data":
+                raise NotUnderstood(f"the body has {field} twice, in another spelling or where it is not known")
+            given[name] = value
     return given
+
+
+def _pairs(body: bytes) -> list[tuple[str, Any]]:
+    """The members of an object, those of the same name too; objects within it come as lists, which name nothing."""
+    try:
+        text = body.decode() or "{}"
+        pairs = _decode(text)
+    except (ValueError, RecursionError):
+        pairs = None
+    if not isinstance(pairs, list) or text.lstrip()[0] != "{":
+        raise NotUnderstood("the body is not a JSON object")
+    return pairs
 
 
 def _named(version: object) -> Named:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from ..errors import LimitExceeded
 from ..exchange import Forward, ProxyRequest, ProxyResponse
 
@@ -13,15 +11,16 @@ _RETRY_AFTER = 1
 
 def limit_in_flight(forward: Forward) -> Forward:
     """Count a request from here until its exchange ends: the last byte of its answer is out, or its caller has left."""
-    in_flight: Counter[str | None] = Counter()
+    in_flight: dict[str | None, int] = {}
 
     async def counted(request: ProxyRequest) -> ProxyResponse:
         limit, tenant = request.key.policy.max_in_flight, request.key.tenant
         if limit is None:
             return await forward(request)
-        if in_flight[tenant] >= limit:
+        under_way = in_flight.get(tenant, 0)
+        if under_way >= limit:
             raise LimitExceeded(f"max_in_flight: {limit} requests are under way already.", retry_after=_RETRY_AFTER)
-        in_flight[tenant] += 1
+        in_flight[tenant] = under_way + 1
         request.opened.append(_Place(in_flight, tenant))
         return await forward(request)
 
@@ -31,10 +30,10 @@ def limit_in_flight(forward: Forward) -> Forward:
 class _Place:
     """One of those places, until it is given back."""
 
-    def __init__(self, in_flight: Counter[str | None], tenant: str | None) -> None:
+    def __init__(self, in_flight: dict[str | None, int], tenant: str | None) -> None:
         self._in_flight, self._tenant = in_flight, tenant
 
     async def aclose(self) -> None:
-        self._in_flight[self._tenant] -= 1
-        if not self._in_flight[self._tenant]:
-            del self._in_flight[self._tenant]
+        others = self._in_flight.pop(self._tenant) - 1
+        if others:
+            self._in_flight[self._tenant] = others

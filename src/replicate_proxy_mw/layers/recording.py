@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from functools import partial
 
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held, members, plain_of
 from ..store import Ledger, StoredPrediction
 from ..telemetry.names import STORE_FAILED
+
+_FIRST = re.compile(rb'\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]+)"\s*[,}]')
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -47,6 +50,8 @@ def record_creations(ledger: Ledger) -> Layer:
 
 def _id(body: bytes | None) -> str | None:
     """It stands at the top of the object, so that a piece of it may do."""
+    if first := _FIRST.match(body or b""):
+        return first[1].decode()
     try:
         for name, value, _, _ in members((body or b"").decode("utf-8", "replace")):
             if name == "id":
