@@ -115,7 +115,8 @@ def test_all_that_can_be_in_the_file(fake: FakeReplicate, tmp_path: Path) -> Non
             20,
             b"Bearer " + token.encode(),
         )
-    assert _ask(resolver, "pk-for-the-designers", virtual_key="replicate-abc123").authorization() == b"Bearer r8_the_token_for_video"
+    by_alias = _ask(resolver, "pk-for-the-designers", virtual_key="replicate-abc123")
+    assert by_alias.authorization() == b"Bearer r8_the_token_for_video"
 
 
 def test_several_accounts() -> None:
