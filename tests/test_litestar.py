@@ -6,16 +6,25 @@ import httpx
 import pytest
 from litestar import Litestar, get, websocket
 from litestar.config.cors import CORSConfig
-from litestar.connection import WebSocket
-from litestar.exceptions import ImproperlyConfiguredException, WebSocketDisconnect
+from litestar.connection import ASGIConnection, WebSocket
+from litestar.exceptions import ImproperlyConfiguredException, NotAuthorizedException, WebSocketDisconnect
 from litestar.handlers import BaseRouteHandler
 from litestar.testing import TestClient
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from replicate_proxy_mw import Forward, MappingKeyResolver, ProxyConfig, ProxyRequest, ProxyResponse
+from replicate_proxy_mw import (
+    Forward,
+    MappingKeyResolver,
+    MemoryPredictionStore,
+    Policy,
+    ProxyConfig,
+    ProxyRequest,
+    ProxyResponse,
+    ReplicateKey,
+)
 from replicate_proxy_mw.litestar import ReplicateProxyPlugin
-from replicate_proxy_mw.testing import serve
+from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.raw_asgi import TOKEN, Caller, http_scope
 from tests.raw_upstream import Connection, RawUpstream
 
@@ -136,6 +145,35 @@ def test_the_plugin_takes_the_middleware_s_keywords(
         assert httpx.get(served.url + "/v1/x", headers=HEADERS).status_code == 404
     assert passed == ["/x"]
     assert [span.name for span in exporter.get_finished_spans()] == ["GET /v1/{path}", "GET /replicate/{path}"]
+
+
+@pytest.mark.parametrize(
+    "target", ["/v1", "/v1/", "/v1/account", "//v1/account", "/v1//account", "/v1/a%2Fb/../c", "/%761"]
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE", "QUERY"])
+def test_guards_are_asked_before_anything_else(upstream: RawUpstream, method: str, target: str) -> None:
+    def nobody(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+        raise NotAuthorizedException("Sign in first.")
+
+    with serve(_app(upstream.url, guards=[nobody])) as served:
+        url = httpx.URL(served.url, raw_path=target.encode())
+        assert httpx.request(method, url, headers=HEADERS).status_code in (401, 404)
+    assert upstream.requests == []
+
+
+def test_a_store_is_the_middleware_s(fake_replicate: FakeReplicate) -> None:
+    store = MemoryPredictionStore()
+    key = ReplicateKey(fake_replicate.token, tenant="team-a", policy=Policy(own_predictions=True))
+    plugin = ReplicateProxyPlugin(
+        key_resolver=MappingKeyResolver({"pk-team-a": key}),
+        config=ProxyConfig(upstream=fake_replicate.url),
+        store=store,
+    )
+    with serve(Litestar(plugins=[plugin], logging_config=None)) as served:
+        body = {"input": {"prompt": "Hi"}}
+        path = "/v1/models/meta/meta-llama-3-8b-instruct/predictions"
+        assert httpx.post(served.url + path, headers=HEADERS, json=body).status_code == 201
+    assert len(store) == 1
 
 
 def test_below_a_path_of_the_app_s_own(upstream: RawUpstream) -> None:
