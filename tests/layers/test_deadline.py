@@ -40,7 +40,7 @@ async def test_it_ends_no_sooner_than_what_the_caller_sees(upstream: RawUpstream
         connection.wait_closed()
 
     upstream.script = script
-    headers = [KEY, (b"x-portkey-request-timeout", b"200")]
+    headers = [KEY, (b"x-portkey-request-timeout", b"1200")]
     caller = await call(proxy(upstream.url), http_scope("POST", "/v1/predictions", headers))
     assert caller.status == 408
     assert upstream.closed.wait(2)
@@ -50,9 +50,9 @@ async def test_it_ends_with_the_head_of_the_answer(upstream: RawUpstream) -> Non
     def script(connection: Connection) -> None:
         connection.request()
         connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
-        connection.upstream.go_on.wait(0.3)
+        connection.upstream.go_on.wait(1.5)
         connection.send(b"ok")
 
     upstream.script = script
-    caller = await call(proxy(upstream.url), http_scope(headers=[KEY, (b"x-portkey-request-timeout", b"200")]))
+    caller = await call(proxy(upstream.url), http_scope(headers=[KEY, (b"x-portkey-request-timeout", b"1200")]))
     assert (caller.status, caller.content) == (200, b"ok")

@@ -234,12 +234,12 @@ async def test_a_caller_s_own_limit_that_runs_out_while_it_is_written(
 
     async def slow(id: str) -> None:
         if id != PROBE:
-            await anyio.sleep(0.6)
+            await anyio.sleep(1.5)
 
     store.before_put = slow
     upstream.script = answers(CREATED, b"201 Created")
     app = owned(upstream.url, store=store, options={"store_timeout": 5.0})
-    caller = await ask(app, A, "POST", "/v1/predictions", b"", (b"x-portkey-request-timeout", b"500"))
+    caller = await ask(app, A, "POST", "/v1/predictions", b"", (b"x-portkey-request-timeout", b"1200"))
     assert (caller.status, caller.content) == (201, CREATED)
     assert "p1" in await store.get(["p1"])
 

@@ -47,7 +47,7 @@ def fake_replicate_options() -> dict[str, Any]:
     return OPTIONS
 
 
-fast = {"store_timeout": 0.05}
+fast = {"store_timeout": 0.25}
 each_failure = pytest.mark.parametrize("failure", [refuses, hangs, denies])
 
 
