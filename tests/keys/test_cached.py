@@ -606,6 +606,22 @@ async def test_a_caller_who_varies_a_request_pushes_out_its_own_alone() -> None:
     assert inner.asked == asked + 1
 
 
+async def test_one_of_a_caller_s_answers_gives_way_and_the_others_stay() -> None:
+    inner = Inner()
+    resolver = _cached(inner, ttl=10.0, negative_ttl=100.0)
+    await resolver(replace(REQUEST, config="a"))
+    inner.time += 9
+    await resolver(replace(REQUEST, config="b"))
+    inner.time += 2
+    inner.answer = None
+    assert await resolver(replace(REQUEST, config="a")) is None
+    assert await resolver(replace(REQUEST, config="b")) is KEY
+    assert _count(resolver._known) == _count(resolver._refused) == 1
+    inner.time += 9
+    assert await resolver(replace(REQUEST, config="b")) is None
+    assert _count(resolver._known) == 0
+
+
 async def test_a_default_for_what_is_not_shown_is_no_way_around() -> None:
     inner = Inner()
     await _cached(inner)(REQUEST)
