@@ -545,7 +545,7 @@ async def test_a_lookup_under_way_is_not_remembered_after_an_invalidation(leavin
         ({"vary": "api_key"}, "vary: has to have api_key"),
     ],
 )
-def test_what_cannot_be(keywords: Mapping[str, Any], problem: str) -> None:
+async def test_what_cannot_be(keywords: Mapping[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{problem}"):
         CachedKeyResolver(Inner(), **keywords)
 
