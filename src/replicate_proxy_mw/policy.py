@@ -23,7 +23,7 @@ _PATTERN = re.compile(rf"(?:deployments/)?{_SEGMENT}/{_SEGMENT}")
 _PLAIN = re.compile(r"[A-Za-z0-9._~=/-]*")
 
 # More than any chain of servers would do, and bounded: each takes a look at the whole path.
-_DECODINGS = 8
+_DECODINGS = 9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,11 +103,11 @@ def permit(policy: Policy, route: Route, path: str) -> None:
 
 def _is_plain(policy: Policy, operation: str | None, path: str) -> bool:
     """Whether no server behind us can take `path` for what the policy refuses, however it decodes and cuts it."""
-    decoded = unquote(path)
     if not policy.unlisted:
-        return _PLAIN.fullmatch(decoded) is not None
+        return _PLAIN.fullmatch(unquote(path)) is not None
     if SECRET in policy.operation_ids or (operation is not None and "%" not in path):
         return True
+    decoded = path
     for _ in range(_DECODINGS):
         decoded = unquote(decoded)
     letters = re.sub("[^a-z]", "", normalize("NFKC", decoded).casefold())

@@ -67,6 +67,12 @@ def test_printing_a_request_shows_no_secret() -> None:
     assert "/predictions" in repr(request)
 
 
+def test_the_same_token_for_another_tenant() -> None:
+    policy = Policy(own_predictions=True)
+    key = ReplicateKey(TOKEN, tenant="team-a").of(tenant="team-b", policy=policy)
+    assert (key.authorization(), key.tenant, key.policy) == (b"Bearer " + TOKEN.encode(), "team-b", policy)
+
+
 @pytest.mark.parametrize("tenant", ["", 42, {"id": 1}, b"team-a", "team\n-a"])
 def test_a_tenant_is_a_name(tenant: Any) -> None:
     with pytest.raises(ValueError, match="tenant"):

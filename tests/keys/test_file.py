@@ -22,8 +22,8 @@ from replicate_proxy_mw.errors import ResolverFailed
 from replicate_proxy_mw.keys import file as module
 from replicate_proxy_mw.keys import resolve
 from replicate_proxy_mw.keys.__main__ import main
+from replicate_proxy_mw.keys.contract import digest
 from replicate_proxy_mw.keys.file import FileKeyResolver
-from replicate_proxy_mw.keys.key_file import digest
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.raw_asgi import call, http_scope, proxy
 
@@ -261,6 +261,15 @@ async def test_a_file_that_is_gone(path: Path, resolver: FileKeyResolver, caplog
     _write(path, content)
     assert await _token(resolver, "pk-1") == TOKEN_A
     assert caplog.messages[1:] == [f"key file {path}: read again, keys: 2"]
+
+
+async def test_nothing_that_it_keeps_shows_a_token(path: Path) -> None:
+    _write(path, _text("pk-1"))
+    resolver = FileKeyResolver(path, environ={"A": TOKEN_A, "B": TOKEN_B})
+    assert await _token(resolver, "pk-1") == TOKEN_A
+    kept = {name: value for name, value in vars(resolver).items() if name != "_environ"}
+    assert "tenant" in repr(kept)
+    assert TOKEN_A not in repr(kept)
 
 
 async def test_a_token_is_rotated_in_its_file(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 import pytest
 
 from replicate_proxy_mw import ReplicateKey
-from replicate_proxy_mw.keys.key_file import KeyFile, digest, parse, read_tokens, replicate_keys
+from replicate_proxy_mw.keys.contract import digest
+from replicate_proxy_mw.keys.key_file import KeyFile, parse, read_tokens, replicate_keys
 from replicate_proxy_mw.policy import Policy
 
 TOKEN = "r8_0123456789abcdefghijklmnopqrstuvwxyz"
@@ -96,7 +97,7 @@ def _authorization(key: ReplicateKey | None) -> bytes:
 def test_what_each_key_may_use() -> None:
     content = parse(FULL)
     tokens, problems = read_tokens(content, environ={"REPLICATE_API_TOKEN": TOKEN}, read=_read)
-    assert (tokens, problems) == ({"main": TOKEN, "second": OTHER}, {})
+    assert ([*tokens], problems) == (["main", "second"], {})
     found = replicate_keys(content, tokens)
     design = found[b"\x9f" * 32]
     assert [*design] == ["second", "main", "replicate-abc123", "pc-prod-1f2e"]
@@ -112,7 +113,7 @@ def test_what_each_key_may_use() -> None:
 def test_a_provider_without_a_token_takes_nothing_from_the_others() -> None:
     content = parse(FULL)
     tokens, problems = read_tokens(content, environ={}, read=_read)
-    assert tokens == {"second": OTHER}
+    assert [*tokens] == ["second"]
     assert problems == {"main": "providers.main.token: there is no environment variable REPLICATE_API_TOKEN"}
     design = replicate_keys(content, tokens)[b"\x9f" * 32]
     assert [*design] == ["second", "main", "replicate-abc123", "pc-prod-1f2e"]

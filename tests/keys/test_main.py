@@ -20,7 +20,7 @@ import pytest
 
 from replicate_proxy_mw.keys import __main__ as module
 from replicate_proxy_mw.keys.__main__ import main
-from replicate_proxy_mw.keys.key_file import digest
+from replicate_proxy_mw.keys.contract import digest
 
 COMMAND = [sys.executable, "-W", "error", "-m", "replicate_proxy_mw.keys"]
 

@@ -54,6 +54,22 @@ def _to(upstream: RawUpstream, **options: Any) -> Upstream:
     return Upstream(ProxyConfig(upstream=upstream.url, **options), None)
 
 
+async def test_two_in_one_event_loop_have_connections_of_their_own(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        while connection.request():
+            connection.answer(b"ok")
+
+    upstream.script = script
+    both = [_to(upstream), _to(upstream)]
+    for one in both:
+        response = await one.forward(_request())
+        assert b"".join([chunk async for chunk in response.body]) == b"ok"
+        await response.aclose()
+    assert len(upstream.connections) == 2
+    for one in both:
+        await one.aclose()
+
+
 async def test_the_wire(upstream: RawUpstream) -> None:
     assert await _exchange(_to(upstream), _request(target="/a%2Fb//c?x=%20&x=|")) == b"{}"
     [received] = upstream.requests

@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from . import key_file
+from . import contract, key_file
 from .file import FileKeyResolver
 
 try:
@@ -117,7 +117,7 @@ def _add_provider(arguments: argparse.Namespace) -> None:
 
 def _add(arguments: argparse.Namespace) -> None:
     api_key = "pk-" + secrets.token_urlsafe(32)
-    digest, id = key_file.digest(api_key).hex(), ""
+    digest, id = contract.digest(api_key).hex(), ""
 
     def edit(text: str) -> str:
         nonlocal id

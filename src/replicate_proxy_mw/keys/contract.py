@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, NoReturn, Protocol
 
 from ..policy import Policy
@@ -42,6 +43,10 @@ class ReplicateKey:
         if not tenant and (policy.own_predictions or policy.max_in_flight is not None):
             raise ValueError("own_predictions and max_in_flight hold for a tenant: name one")
 
+    def of(self, *, tenant: str | None, policy: Policy) -> ReplicateKey:
+        """The same token for another tenant."""
+        return ReplicateKey(self._token, tenant=tenant, policy=policy)
+
     def authorization(self) -> bytes:
         """The value of the header that goes up. Replicate takes `Bearer` (and, from old SDKs, `Token`)."""
         return b"Bearer " + self._token.encode()
@@ -57,6 +62,11 @@ class ReplicateKey:
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("a ReplicateKey has no state to give away")
+
+
+def digest(api_key: str) -> bytes:
+    """What a caller's key is known by: nothing keeps the key itself."""
+    return sha256(api_key.encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,8 +17,8 @@ import anyio
 from anyio.lowlevel import current_token
 
 from .accounts import choose
-from .contract import KeyRequest, ReplicateKey
-from .key_file import digest, parse, read_tokens, replicate_keys
+from .contract import KeyRequest, ReplicateKey, digest
+from .key_file import parse, read_tokens, replicate_keys
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -60,7 +60,7 @@ class FileKeyResolver:
         self._environ = environ
         self._check_interval = check_interval
         self._content = parse("")
-        self._tokens: Mapping[str, str] = {}
+        self._tokens: Mapping[str, ReplicateKey] = {}
         self._accounts: Mapping[bytes, Mapping[str, ReplicateKey | None]] = {}
         self._seen: Mapping[Path, _Look] = {}
         self._good_until = 0.0

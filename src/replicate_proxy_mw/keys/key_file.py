@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import wraps
-from hashlib import sha256
 from typing import Any, ParamSpec, TypeVar
 
 from ..policy import Policy
-from .contract import ReplicateKey
+from .contract import ReplicateKey, digest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,11 +72,6 @@ class KeyFile:
     keys: Mapping[str, Key]
 
 
-def digest(api_key: str) -> bytes:
-    """What a key is known by."""
-    return sha256(api_key.encode("utf-8", "surrogatepass")).digest()
-
-
 # What documentation shows, and what a script makes of a variable that is not set.
 _EXAMPLES = (digest(""), digest("test"))
 
@@ -133,14 +127,15 @@ def parse(text: str) -> KeyFile:
 
 def read_tokens(
     content: KeyFile, *, environ: Mapping[str, str], read: Callable[[str], bytes]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """The tokens by the names of their providers; and where one is not to be had, what is wrong, without a secret.
+) -> tuple[dict[str, ReplicateKey], dict[str, str]]:
+    """The tokens by the names of their providers, each in a key without tenant; and where one is not to be had, what is
+    wrong, without a secret.
 
     Args:
         environ: where `env:NAME` is looked up.
         read: from the path in `file:PATH`, as it is written, to what the file holds. May raise OSError.
     """
-    tokens: dict[str, str] = {}
+    tokens: dict[str, ReplicateKey] = {}
     problems: dict[str, str] = {}
     for name, provider in content.providers.items():
         try:
@@ -150,7 +145,9 @@ def read_tokens(
     return tokens, problems
 
 
-def replicate_keys(content: KeyFile, tokens: Mapping[str, str]) -> Mapping[bytes, Mapping[str, ReplicateKey | None]]:
+def replicate_keys(
+    content: KeyFile, tokens: Mapping[str, ReplicateKey]
+) -> Mapping[bytes, Mapping[str, ReplicateKey | None]]:
     """What each key may use: by the digest of the key, then by provider and alias; the first is the default.
 
     It is None where `tokens` lacks the provider.
@@ -158,7 +155,7 @@ def replicate_keys(content: KeyFile, tokens: Mapping[str, str]) -> Mapping[bytes
     found: dict[bytes, Mapping[str, ReplicateKey | None]] = {}
     for key in content.keys.values():
         own = {
-            name: ReplicateKey(tokens[name], tenant=key.tenant, policy=key.policy) if name in tokens else None
+            name: tokens[name].of(tenant=key.tenant, policy=key.policy) if name in tokens else None
             for name in key.providers
         }
         aliases = {alias: own[name] for name in own for alias in content.providers[name].aliases}
@@ -293,7 +290,7 @@ def _moment(where: str, table: Mapping[str, Any], name: str) -> datetime | None:
     return value
 
 
-def _token(where: str, reference: str, environ: Mapping[str, str], read: Callable[[str], bytes]) -> str:
+def _token(where: str, reference: str, environ: Mapping[str, str], read: Callable[[str], bytes]) -> ReplicateKey:
     kind, _, place = reference.partition(":")
     if kind == "env":
         token, holder = environ.get(place, ""), f"the environment variable {place}"
@@ -306,10 +303,9 @@ def _token(where: str, reference: str, environ: Mapping[str, str], read: Callabl
         except OSError as error:
             raise ValueError(f"{where}: {holder} cannot be read: {error.strerror}") from None
     try:
-        ReplicateKey(token.strip())
+        return ReplicateKey(token.strip())
     except ValueError as error:
         raise ValueError(f"{where}: what {holder} holds is {error}") from None
-    return token.strip()
 
 
 def _quoted(name: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 
 from .accounts import choose
-from .contract import KeyRequest, KeyResolver, ReplicateKey
+from .contract import KeyRequest, KeyResolver, ReplicateKey, digest
 
 # The form of Replicate's tokens, and that of the old ones.
 _REPLICATE_TOKEN = re.compile(r"r8_[A-Za-z0-9_]{8,128}|[0-9a-f]{40}")
@@ -16,10 +15,6 @@ _REPLICATE_TOKEN = re.compile(r"r8_[A-Za-z0-9_]{8,128}|[0-9a-f]{40}")
 
 # One account, or several by slug.
 Given = ReplicateKey | str | Mapping[str, ReplicateKey | str]
-
-
-def _digest(api_key: str) -> bytes:
-    return sha256(api_key.encode("utf-8", "surrogatepass")).digest()
 
 
 class StaticKeyResolver:
@@ -42,9 +37,9 @@ class StaticKeyResolver:
         self._key = next(key for key in keys.values() if isinstance(key, ReplicateKey))
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
-        digest = _digest(request.api_key)
+        asked = digest(request.api_key)
         # Every digest is compared, so that the time taken does not tell which one came close.
-        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        found = [hmac.compare_digest(asked, known) for known in self._digests]
         return self._key if any(found) else None
 
 
@@ -74,7 +69,7 @@ class MappingKeyResolver:
         self._caller_tokens = caller_tokens
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
-        found = self._keys.get(_digest(request.api_key))
+        found = self._keys.get(digest(request.api_key))
         if found is None:
             return None
         key = found if isinstance(found, ReplicateKey) else choose(request, found)
@@ -82,7 +77,7 @@ class MappingKeyResolver:
         if not self._caller_tokens or request.provider != "replicate" or not token:
             return key
         # SDKs put all sorts of words there, and a caller may have mixed up two keys: those go nowhere.
-        if not _REPLICATE_TOKEN.fullmatch(token) or _digest(token) in self._keys:
+        if not _REPLICATE_TOKEN.fullmatch(token) or digest(token) in self._keys:
             return key
         return ReplicateKey(token, tenant=key.tenant, policy=key.policy)
 
@@ -118,11 +113,11 @@ def _by_digest(keys: Mapping[str, Given]) -> tuple[dict[bytes, ReplicateKey | di
     try:
         for api_key, given in keys.items():
             if not isinstance(given, Mapping):
-                found[_digest(api_key)] = _key(given)
+                found[digest(api_key)] = _key(given)
             elif not given or not all(given) or any(slug.startswith("@") for slug in given):
                 return {}, "accounts by slug: a key needs at least one, and a slug is not empty and written without @"
             else:
-                found[_digest(api_key)] = {slug: _key(key) for slug, key in given.items()}
+                found[digest(api_key)] = {slug: _key(key) for slug, key in given.items()}
     except ValueError as error:
         return {}, str(error)
     return found, None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from .. import model_names, routing
 from ..errors import PermissionDenied, UpstreamFailed
 from ..exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
-from ..json_bodies import asking_for_plain, held
+from ..json_bodies import held
 from ..model_names import Named, NotUnderstood
 
 # Parsing a longer body holds up all other requests: the worst of this size a tenth of a second.
@@ -94,7 +94,7 @@ class _Versions:
 
 async def _look_up(target: str, request: ProxyRequest, forward: Forward) -> bool:
     asked = replace(
-        asking_for_plain(request),
+        request,
         method="GET",
         target=target,
         route=routing.match("GET", target),

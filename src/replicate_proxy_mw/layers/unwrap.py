@@ -27,7 +27,7 @@ def unwrap_data(forward: Forward) -> Forward:
     async def unwrapped(request: ProxyRequest) -> ProxyResponse:
         if request.method != "POST" or request.content_length == 0 or not _is_plain_json(request):
             return await forward(request)
-        request, body, whole = await held(request, max_size=MAX_SIZE, stop=_is_plain)
+        request, body, whole = await held(request, max_size=MAX_SIZE, stop=_is_not_wrapped)
         content = inner(body) if whole else None
         if content is None:
             return await forward(request)
@@ -37,7 +37,7 @@ def unwrap_data(forward: Forward) -> Forward:
     return unwrapped
 
 
-def _is_plain(head: bytearray) -> bool:
+def _is_not_wrapped(head: bytearray) -> bool:
     return len(head) >= _LONGEST_HEAD and not _WRAPPED.match(head)
 
 
