@@ -62,6 +62,7 @@ def test_what_can_be_set(options: dict[str, Any]) -> None:
         ({"write_timeout": float("nan")}, "write_timeout"),
         ({"connection_wait": 0}, "connection_wait"),
         ({"resolver_timeout": 0}, "resolver_timeout"),
+        ({"store_timeout": 0}, "store_timeout"),
         ({"max_connections": 0}, "max_connections"),
         ({"max_streams": 0}, "max_streams"),
         ({"forward_headers": ["Authorization"]}, "forward_headers: 'Authorization' is never"),

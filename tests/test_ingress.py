@@ -46,6 +46,7 @@ async def test_the_body_comes_as_it_was_sent(sent: list[bytes], whole: bytes | N
     body = _body(Caller(list(sent)))
     await body.begin()
     assert body.whole() == whole
+    assert whole is None or [chunk async for chunk in body] == []
     body = _body(Caller(list(sent)))
     async with _watched(body):
         assert [chunk async for chunk in body] == [chunk for chunk in sent if chunk]

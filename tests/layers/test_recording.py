@@ -55,6 +55,30 @@ async def test_it_is_written_before_the_answer_leaves(fake_replicate: FakeReplic
     assert seen == [(True, None, 0), (False, None, 1)]
 
 
+async def test_no_cache_keeps_what_is_a_tenant_s(fake_replicate: FakeReplicate) -> None:
+    app = owned(fake_replicate.url, options={"public_url": "https://app.example/v1"})
+    create = CREATES["predictions.create"]
+    caller = await ask(app, A, "POST", create.target, create.body, JSON)
+    assert (caller.status, caller.header(b"cache-control")) == (201, [b"private, no-store"])
+
+
+async def test_a_store_that_hangs_holds_up_no_paid_answer_for_its_own_time(
+    upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "PAID_TIMEOUT", 0.05)
+    monkeypatch.setattr(ledger, "PAUSES", ())
+    store = Switched()
+
+    async def hangs_for_creations(id: str) -> None:
+        if id != PROBE:
+            await anyio.sleep_forever()
+
+    store.before_put = hangs_for_creations
+    upstream.script = answers(CREATED, b"201 Created")
+    caller = await ask(owned(upstream.url, store=store, options={"store_timeout": 60.0}), A, "POST", "/v1/predictions")
+    assert (caller.status, caller.content) == (201, CREATED)
+
+
 async def test_what_is_remembered(
     fake_replicate: FakeReplicate, tracer_provider: TracerProvider, exporter: InMemorySpanExporter
 ) -> None:

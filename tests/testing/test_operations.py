@@ -46,6 +46,12 @@ def hello(client: httpx.Client, **headers: str) -> httpx.Response:
     return client.post("predictions", json={"version": HELLO, "input": {"text": "Bob"}}, headers=headers)
 
 
+def test_json_that_is_too_deep_is_no_json(client: httpx.Client) -> None:
+    deep = b'{"input": ' + b"[" * 100_000
+    answer = client.post("predictions", content=deep, headers={"content-type": "application/json"})
+    assert (answer.status_code, "JSON parse error" in answer.text) == (400, True)
+
+
 def later(fake: FakeReplicate, seconds: float) -> threading.Thread:
     """Advance the clock from another thread, once the request that is about to be sent is held."""
     seen = len(fake.requests)
