@@ -25,6 +25,7 @@ from urllib.request import Request, urlopen
 
 HELLO_WORLD = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
 LLAMA, FLUX = "meta/meta-llama-3-8b-instruct", "black-forest-labs/flux-schnell"
+RUN = "generate_content"  # the span of a model's run
 ENDED = ("succeeded", "failed", "canceled", "aborted")
 PORT = 8000
 PATIENCE = 30.0  # seconds
@@ -106,11 +107,23 @@ class Trees:
         pass
 
     def show(self, *, requests: int = 1) -> None:
-        for _ in range(requests):
-            try:
-                print(self._trees.get(timeout=5), end="")
-            except queue.Empty:
-                raise DemoFailed("the request left no spans") from None
+        for tree in self._next(requests):
+            print(tree, end="")
+
+    def show_story(self, *, requests: int = 1) -> None:
+        """The last of so many requests saw the end of a prediction: the tree of its create is there again, with the
+        run of the model, and is shown last."""
+        *trees, story = sorted(self._next(requests + 1), key=lambda tree: RUN in tree)
+        expect(RUN in story, "the run of the model was not told")
+        for tree in trees:
+            print(tree, end="")
+        print(f"  Its end is known now, and the tree of its create is complete:\n\n{story}", end="")
+
+    def _next(self, count: int) -> list[str]:
+        try:
+            return [self._trees.get(timeout=5) for _ in range(count)]
+        except queue.Empty:
+            raise DemoFailed("the request left no spans") from None
 
     def show_all(self) -> None:
         while True:
@@ -236,7 +249,7 @@ def with_portkey(url: str, trees: Trees) -> None:
         answer, asked = poll(lambda: eval(get, {"portkey": portkey}))
         show_answer(answer)
         expect(answer.get("output") == "hello Alice", "that is not what the model says to Alice")
-        trees.show(requests=asked)
+        trees.show_story(requests=asked)
 
         heading("3. Create a longer one, and cancel it")
         created = call(f'portkey.post("models/{FLUX}/predictions",\n    input={{"prompt": "A tulip, slowly"}})')
@@ -247,7 +260,7 @@ def with_portkey(url: str, trees: Trees) -> None:
         canceled = call(f'portkey.post("predictions/{created.id}/cancel")')
         show_answer(canceled.model_dump())
         expect(canceled.status == "canceled", "it was not canceled")
-        trees.show()
+        trees.show_story()
 
 
 def with_http(http: Http, trees: Trees) -> None:
@@ -273,7 +286,7 @@ def with_http(http: Http, trees: Trees) -> None:
     status, answer = http.call(f"/predictions/{created['id']}", api_key="pk-team-b")
     show_answer({**answer, "urls": None, "output": "".join(answer["output"] or [])}, status)
     expect(answer["status"] == "succeeded", "it did not succeed")
-    trees.show()
+    trees.show_story()
 
     heading("7. Cancel one")
     status, created = http.call(
@@ -286,7 +299,7 @@ def with_http(http: Http, trees: Trees) -> None:
     status, canceled = http.call(f"/predictions/{created['id']}/cancel", api_key="pk-team-b", method="POST")
     show_answer(canceled, status)
     expect(canceled["status"] == "canceled", "it was not canceled")
-    trees.show()
+    trees.show_story()
 
     heading("8. And with a key that nobody gave out")
     status, refused = http.call("/predictions", api_key="pk-stranger")

@@ -67,10 +67,14 @@ class Switched(MemoryPredictionStore):
         await self.before_put(id)
         await super().put(id, prediction)
 
-    async def get(self, ids: Collection[str], /, *, read: bool = False) -> Mapping[str, StoredPrediction]:
+    async def get(self, ids: Collection[str], /) -> Mapping[str, StoredPrediction]:
         for id in ids:
             await self.before_get(id)
-        return await super().get(ids, read=read)
+        return await super().get(ids)
+
+    async def read(self, id: str, status: str, /) -> StoredPrediction | None:
+        await self.before_get(id)
+        return await super().read(id, status)
 
 
 async def refuses(id: str) -> None:

@@ -31,6 +31,8 @@ def test_held_creates_fit_into_the_read_timeout() -> None:
         {"upstream": "http://[::1]:8000/v1"},
         {"forward_headers": ["X-Mine"], "return_headers": ["x-other"]},
         {"trust_traceparent": "link"},
+        {"propagate_upstream": True, "capture_content": "SPAN_AND_EVENT"},
+        {"webhook_secrets": ["whsec_a", "whsec_b"], "webhook_timeout": 2.5},
         {"public_url": "https://app.example/v1", "safe_retries": 5, "unwrap_data": False},
         {"proxy_streams": True, "stream_key": "k" * 32, "stream_hosts": ["*.replicate.com"]},
     ],
@@ -79,6 +81,8 @@ def test_what_can_be_set(options: dict[str, Any]) -> None:
         ({"stream_lifetime": 0}, "stream_lifetime"),
         ({"stream_lifetime": 86401}, "stream_lifetime"),
         ({"stream_timeout": 0}, "stream_timeout"),
+        ({"webhook_timeout": 0}, "webhook_timeout"),
+        ({"webhook_secrets": "whsec_hunter2"}, "webhook_secrets: a list"),
     ],
 )
 def test_what_cannot(options: dict[str, Any], named: str) -> None:
@@ -90,3 +94,16 @@ def test_a_password_in_the_upstream_is_not_repeated() -> None:
     with pytest.raises(ValueError, match="upstream") as raised:
         ProxyConfig(upstream="https://u:hunter2@api.replicate.com/v1")
     assert "hunter2" not in str(raised.value)
+
+
+def test_secrets_are_neither_printed_nor_repeated() -> None:
+    config = ProxyConfig(stream_key="hunter2" * 5, webhook_secrets=["whsec_hunter2"])
+    assert "hunter2" not in repr(config)
+    with pytest.raises(ValueError, match="webhook_secrets") as raised:
+        ProxyConfig(webhook_secrets="whsec_hunter2")
+    assert "hunter2" not in str(raised.value)
+
+
+def test_nothing_of_what_is_nobody_s_business_is_told_by_default() -> None:
+    config = ProxyConfig()
+    assert (config.propagate_upstream, config.capture_content, list(config.webhook_secrets)) == (False, None, [])

@@ -9,6 +9,7 @@ from replicate_proxy_mw import ProxyResponse
 from replicate_proxy_mw.egress import Reply, complete, render
 from replicate_proxy_mw.errors import ClientDisconnected, KeyMissing, RequestTimeout
 from replicate_proxy_mw.exchange import Chunks
+from replicate_proxy_mw.waiting import Waiting
 from tests.raw_asgi import Arriving, Caller
 
 pytestmark = pytest.mark.anyio
@@ -167,3 +168,47 @@ def test_what_is_told_is_told_once() -> None:
 def test_sdks_are_told_not_to_pay_twice(method: str, told: bool, status: int) -> None:
     assert (b"x-should-retry" in _complete(status, method=method)) is told
     assert b"x-should-retry" not in _complete(404, method=method)
+
+
+class Watched(Waiting):
+    """Tells whether somebody waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.now += 1
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.now -= 1
+
+
+async def test_waiting_for_the_server_is_counted_and_waiting_for_the_body_is_not() -> None:
+    watched, within, between = Watched(), [], []
+
+    async def send(message: Any) -> None:
+        within.append(watched.now)
+
+    class Body(Arriving):
+        async def __anext__(self) -> bytes:
+            between.append(watched.now)
+            return await super().__anext__()
+
+    reply = Reply(send, method="GET")
+    reply.waiting = watched
+    await reply.relay(ProxyResponse(status=200, headers=(), body=Body([b"a", b"b"])))
+    assert (within, between, watched.now) == ([1, 1, 1, 1], [0, 0, 0], 0)
+
+
+async def test_a_server_that_fails_ends_the_waiting() -> None:
+    async def send(message: Any) -> None:
+        raise BrokenPipeError
+
+    reply = Reply(send, method="GET")
+    reply.waiting = watched = Watched()
+    with pytest.raises(ClientDisconnected):
+        await reply.relay(_response(b"a"))
+    assert watched.now == 0

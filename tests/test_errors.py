@@ -11,6 +11,7 @@ OUTCOMES = {
     "auth_missing",
     "auth_invalid",
     "bad_request",
+    "body_too_large",
     "client_disconnected",
     "denied",
     "limited",

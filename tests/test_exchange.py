@@ -31,3 +31,9 @@ async def test_bytes_at_hand_and_a_rest() -> None:
     body = Chunks([b"a"], Chunks([b"b", b"c"]).__aiter__())
     assert body.at_hand is None
     assert [chunk async for chunk in body] == [b"a", b"b", b"c"]
+
+
+async def test_a_body_that_was_begun_can_be_gone_on_with() -> None:
+    reading = Chunks([b"a", b"b"]).__aiter__()
+    assert await anext(reading) == b"a"
+    assert [chunk async for chunk in reading] == [b"b"]

@@ -10,6 +10,7 @@ import pytest
 
 from replicate_proxy_mw.errors import BadRequest, ClientDisconnected, ProxyError
 from replicate_proxy_mw.ingress import AHEAD, RequestBody, while_connected
+from replicate_proxy_mw.waiting import Waiting
 from tests.raw_asgi import Caller
 
 pytestmark = pytest.mark.anyio
@@ -274,3 +275,66 @@ def test_a_task_that_work_waited_for_and_that_was_cancelled_is_a_failure(caplog:
 
     asyncio.run(main())
     assert "cancelled by what it waited for" in caplog.text
+
+
+class Watched(Waiting):
+    """Tells whether somebody waits, and how often anybody did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.times = 0
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.now += 1
+        self.times += 1
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.now -= 1
+
+
+async def test_waiting_for_the_caller_is_counted() -> None:
+    caller = Caller([b"a", b"b"], hold_upload=anyio.Event())
+    body = _body(caller)
+    body.waiting = watched = Watched()
+    async with _watched(body):
+        assert (watched.now, watched.times) == (0, 1)
+        reading = body.__aiter__()
+        assert await anext(reading) == b"a"
+        assert watched.times == 1
+        assert caller.hold_upload is not None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_rest, reading)
+            await anyio.wait_all_tasks_blocked()
+            assert watched.now == 1
+            caller.hold_upload.set()
+    assert (watched.now, watched.times) == (0, 2)
+
+
+async def _rest(reading: AsyncIterator[bytes]) -> None:
+    assert [chunk async for chunk in reading] == [b"b"]
+
+
+async def test_watching_is_no_waiting() -> None:
+    caller = Caller()
+    body = _body(caller)
+    await body.begin()
+    body.waiting = watched = Watched()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(body.watch)
+        await anyio.wait_all_tasks_blocked()
+        assert watched.now == 0
+        caller.left.set()
+    assert watched.times == 0
+
+
+async def test_what_the_host_raises_ends_the_waiting() -> None:
+    async def receive() -> Any:
+        raise ZeroDivisionError
+
+    body = RequestBody(receive)
+    body.waiting = watched = Watched()
+    with pytest.raises(ZeroDivisionError):
+        await body.begin()
+    assert (watched.now, watched.times) == (0, 1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from replicate_proxy_mw import ProxyRequest, ProxyResponse, ReplicateKey, json_bodies, portkey, routing
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.headers import HeaderList
-from replicate_proxy_mw.json_bodies import MAX_SIZE, elements, held, is_readable, members, plain_of
+from replicate_proxy_mw.json_bodies import MAX_SIZE, elements, held, id_of, is_readable, members, plain_of
 from tests.raw_asgi import KEY, TOKEN, http_scope
 
 JSON = (b"content-type", b"application/json")
@@ -150,6 +150,28 @@ def test_no_length() -> None:
 def test_for_one_caller() -> None:
     response = json_bodies.for_one_caller(_response(JSON, (b"cache-control", b"public"), (b"cache-control", b"x")))
     assert response.headers == (JSON, (b"cache-control", b"private, no-store"))
+
+
+@pytest.mark.parametrize(
+    ("body", "id"),
+    [
+        (b'{"id": "p1", "a": 1}', "p1"),
+        (b' { "id" : "p1"}', "p1"),
+        (b'{"id":"p1","output":"cut', "p1"),
+        (b'{"id": "a/b"}', "a/b"),
+        (b'{"a": {"id": "no"}, "id": "\\u0070\\u0031", "b": ', "p1"),
+        (b'{"a": "\xff", "id": "p1"}', "p1"),
+        (b'{"id": "p1', None),
+        (b'{"id": [5], "id": "p1"}', None),
+        (b'{"a": {"id": "no"}}', None),
+        (b'{"a": ' + b"[" * 100_000, None),
+        (b"[]", None),
+        (b"", None),
+        (None, None),
+    ],
+)
+def test_the_id_of_an_object(body: bytes | None, id: str | None) -> None:
+    assert id_of(body) == id
 
 
 # --- where the parts of a text stand

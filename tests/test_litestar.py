@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import httpx
@@ -10,6 +11,8 @@ from litestar.connection import ASGIConnection, WebSocket
 from litestar.exceptions import ImproperlyConfiguredException, NotAuthorizedException, WebSocketDisconnect
 from litestar.handlers import BaseRouteHandler
 from litestar.testing import TestClient
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -21,12 +24,16 @@ from replicate_proxy_mw import (
     ProxyConfig,
     ProxyRequest,
     ProxyResponse,
+    Rates,
     ReplicateKey,
+    WebhookEvent,
 )
 from replicate_proxy_mw.litestar import ReplicateProxyPlugin
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.raw_asgi import TOKEN, Caller, http_scope
 from tests.raw_upstream import Connection, RawUpstream
+from tests.telemetry.scenarios import labels, of
+from tests.tenants import HELLO_WORLD, answers
 
 HEADERS = {"x-portkey-api-key": "pk-team-a"}
 
@@ -200,3 +207,69 @@ async def test_a_server_without_raw_path(upstream: RawUpstream) -> None:
     assert caller.status == 200
     assert upstream.requests[0].line == b"GET /v1/predictions HTTP/1.1"
     await app.plugins.get(ReplicateProxyPlugin).aclose()
+
+
+def test_webhooks_are_the_middleware_s(fake_replicate: FakeReplicate) -> None:
+    events: list[WebhookEvent] = []
+
+    async def on_webhook(event: WebhookEvent) -> None:
+        events.append(event)
+
+    plugin = ReplicateProxyPlugin(
+        key_resolver=MappingKeyResolver({"pk-team-a": fake_replicate.token}),
+        config=ProxyConfig(upstream=fake_replicate.url, webhook_secrets=[fake_replicate.webhook_secret]),
+        on_webhook=on_webhook,
+    )
+    with serve(Litestar([own], path="/api", plugins=[plugin], logging_config=None)) as served:
+        content = {
+            "version": HELLO_WORLD,
+            "input": {"text": "Ada"},
+            "webhook": f"{served.url}/api/v1/-/webhooks",
+            "webhook_events_filter": ["completed"],
+        }
+        created = httpx.post(f"{served.url}/api/v1/predictions", headers=HEADERS, json=content).json()
+        fake_replicate.clock.advance(3600)
+        end = time.monotonic() + 10
+        while not fake_replicate.deliveries and time.monotonic() < end:
+            time.sleep(0.01)
+        refused = httpx.get(f"{served.url}/api/v1/-/webhooks")
+    assert [delivery.status for delivery in fake_replicate.deliveries] == [204]
+    assert [event.prediction["id"] for event in events] == [created["id"]]
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+def test_what_telemetry_takes_is_the_middleware_s(
+    upstream: RawUpstream, tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    def redact(path: str, value: object) -> object:
+        return f"<{path}>"
+
+    reader = InMemoryMetricReader()
+    meter_provider = MeterProvider([reader], shutdown_on_exit=False)
+    upstream.script = answers(b'{"id": "p1", "model": "a/b", "status": "succeeded", "output": {"x": "hunter2"}}')
+    app = _app(
+        upstream.url,
+        prices={"a/b": Rates(per_run=2.0)},
+        redact=redact,
+        tracer_provider=tracer_provider,
+        meter_provider=meter_provider,
+        options={"capture_content": True},
+    )
+    with serve(app) as served:
+        assert httpx.post(f"{served.url}/v1/models/a/b/predictions", headers=HEADERS, json={}).status_code == 200
+    [run] = [span for span in exporter.get_finished_spans() if span.name == "generate_content a/b"]
+    assert of(run, "replicate.prediction.cost") == [2.0]
+    assert "hunter2" not in run.to_json()
+    assert labels(reader, "replicate_proxy.requests") == [
+        {"replicate.operation": "models.predictions.create", "replicate_proxy.outcome": "forwarded"}
+    ]
+
+
+def test_what_is_wrong_is_named_when_the_app_is_made() -> None:
+    async def on_webhook(event: WebhookEvent) -> None:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="on_webhook"):
+        _app("http://127.0.0.1:1", on_webhook=on_webhook)
+    with pytest.raises(ValueError, match="capture_content"):
+        _app("http://127.0.0.1:1", options={"capture_content": "sometimes"})

@@ -3,12 +3,14 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import time
 from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import httpx
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -17,17 +19,22 @@ from replicate_proxy_mw import (
     Forward,
     KeyRequest,
     Layer,
+    MemoryPredictionStore,
     PermissionDenied,
     ProxyRequest,
     ProxyResponse,
     ReplicateProxyMiddleware,
     StaticKeyResolver,
+    WebhookEvent,
     middleware,
 )
 from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted
 from replicate_proxy_mw.exchange import Chunks
+from replicate_proxy_mw.testing import FakeReplicate, serve
+from replicate_proxy_mw.testing.webhooks import sign
 from tests.raw_asgi import KEY, TOKEN, Arriving, Caller, call, host, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream, answer_all
+from tests.tenants import HELLO_WORLD, Switched
 
 pytestmark = pytest.mark.anyio
 
@@ -611,8 +618,7 @@ async def test_a_stream_url_on_no_span(
     await call(app, http_scope(target=path, headers=[]))
     spans = exporter.get_finished_spans()
     assert not any(path.rpartition("/")[2] in span.to_json() for span in spans)
-    attributes = spans[-1].attributes or {}
-    assert spans[-1].name == "GET /v1/-/streams/{token}"
+    [attributes] = [span.attributes or {} for span in spans if span.name == "GET /v1/-/streams/{token}"]
     assert (attributes["url.path"], attributes["replicate_proxy.outcome"]) == ("/v1/-/streams/{token}", "forwarded")
 
 
@@ -1070,3 +1076,259 @@ async def test_nothing_runs_afterwards_of_what_no_layer_has_seen(upstream: RawUp
 
     caller = await call(proxy(upstream.url, layers=[_afterwards(runs)]), http_scope(headers=()))
     assert caller.status == 401
+
+
+# --- webhooks
+
+SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
+OTHER_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+DELIVERY = b'{"id": "p1", "status": "succeeded"}'
+
+
+class Host:
+    """The host's callback: what it got. It raises each of `failures` first."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.events: list[WebhookEvent] = []
+        self.failures = list(failures)
+
+    async def __call__(self, event: WebhookEvent) -> None:
+        self.events.append(event)
+        if self.failures:
+            raise self.failures.pop(0)
+
+
+def _taking(upstream: str, on_webhook: Any, **more: Any) -> Any:
+    options = {"webhook_secrets": [SECRET]} | more.pop("options", {})
+    return proxy(upstream, options=options, on_webhook=on_webhook, **more)
+
+
+def _delivery(
+    method: str = "POST",
+    target: str = "/v1/-/webhooks",
+    *more: tuple[bytes, bytes],
+    id: str = "msg_1",
+    secret: str = SECRET,
+) -> dict[str, Any]:
+    at = str(int(time.time()))
+    headers = [
+        (b"webhook-id", id.encode()),
+        (b"webhook-timestamp", at.encode()),
+        (b"webhook-signature", sign(secret, id, at, DELIVERY).encode()),
+    ]
+    return http_scope(method, target, [*headers, *more])
+
+
+def test_replicate_s_own_deliveries_reach_the_host_once(fake_replicate: FakeReplicate) -> None:
+    taken = Host()
+    keys = StaticKeyResolver(fake_replicate.token, api_keys=["pk-team-a"])
+    options = {"webhook_secrets": [fake_replicate.webhook_secret]}
+    app = _taking(fake_replicate.url, taken, options=options, key_resolver=keys)
+    with serve(app) as served:
+        content = {
+            "version": HELLO_WORLD,
+            "input": {"text": "Ada"},
+            "webhook": f"{served.url}/v1/-/webhooks",
+            "webhook_events_filter": ["completed"],
+        }
+        headers = {"x-portkey-api-key": "pk-team-a"}
+        created = httpx.post(f"{served.url}/v1/predictions", headers=headers, json=content).json()
+        fake_replicate.clock.advance(3600)
+        end = time.monotonic() + 10
+        while not fake_replicate.deliveries and time.monotonic() < end:
+            time.sleep(0.01)
+    assert [delivery.status for delivery in fake_replicate.deliveries] == [204]
+    [event] = taken.events
+    assert (event.prediction["id"], event.prediction["status"]) == (created["id"], "succeeded")
+    assert event.body == fake_replicate.deliveries[0].body
+    assert event.id == fake_replicate.deliveries[0].webhook_id
+
+
+@pytest.mark.parametrize(
+    "body", [[DELIVERY], [DELIVERY[:9], DELIVERY[9:]], [b"", *(bytes([byte]) for byte in DELIVERY)]]
+)
+async def test_a_delivery_is_taken_once_however_it_arrives(upstream: RawUpstream, body: list[bytes]) -> None:
+    host = Host()
+    app = _taking(upstream.url, host)
+    caller = await call(app, _delivery(), *body)
+    assert (caller.status, caller.content, caller.complete) == (204, b"", True)
+    assert caller.header(b"x-portkey-trace-id") != []
+    again = await call(app, _delivery(), *body)
+    assert (again.status, _error(again)["error"]["code"]) == (409, "webhook_replayed")
+    assert [event.body for event in host.events] == [DELIVERY]
+    assert upstream.requests == []
+
+
+async def test_a_callback_is_not_needed(upstream: RawUpstream) -> None:
+    app = _taking(upstream.url, None)
+    assert (await call(app, _delivery(), DELIVERY)).status == 204
+    assert (await call(app, _delivery(id="msg_2"), b"{}")).status == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "secret", "status", "code"),
+    [
+        ("POST", [], OTHER_SECRET, 401, "webhook_unverified"),
+        ("POST", [(b"webhook-id", b"msg_2")], SECRET, 400, "bad_request"),
+        ("POST", [(b"content-length", b"3")], SECRET, 400, "bad_request"),
+        ("POST", [(b"content-length", b"x")], SECRET, 400, "bad_request"),
+        ("GET", [], SECRET, 405, "method_not_allowed"),
+        ("PUT", [], SECRET, 405, "method_not_allowed"),
+    ],
+)
+async def test_what_is_no_delivery_is_refused_in_our_own_words(
+    upstream: RawUpstream, method: str, headers: list[tuple[bytes, bytes]], secret: str, status: int, code: str
+) -> None:
+    host = Host()
+    scope = _delivery(method, "/v1/-/webhooks", *headers, secret=secret)
+    caller = await call(_taking(upstream.url, host), scope, DELIVERY)
+    content = _error(caller)
+    assert (caller.status, content["status"], content["type"], content["error"]["code"]) == (status, status, code, code)
+    assert caller.header(b"x-request-id") == [content["request_id"].encode()]
+    assert caller.header(b"allow") == ([b"POST"] if status == 405 else [])
+    assert host.events == []
+    assert upstream.requests == []
+
+
+async def test_a_key_is_no_signature(upstream: RawUpstream) -> None:
+    host = Host()
+    caller = await call(_taking(upstream.url, host), http_scope("POST", "/v1/-/webhooks"), DELIVERY)
+    assert (caller.status, _error(caller)["type"]) == (400, "webhook_unsigned")
+    assert host.events == []
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    "target", ["/v1/-/webhooks/", "/v1/%2D/webhooks", "/v1//-/webhooks", "/v1/-/webhooks/x", "/v1/-/Webhooks", "/v1/-"]
+)
+@pytest.mark.parametrize("key", [KEY, None])
+async def test_no_other_spelling_of_it_is_one(
+    upstream: RawUpstream, target: str, key: tuple[bytes, bytes] | None
+) -> None:
+    host = Host()
+    caller = await call(_taking(upstream.url, host), _delivery("POST", target, *([key] if key else [])), DELIVERY)
+    if key is None:
+        assert (caller.status, _error(caller)["type"]) == (401, "key_missing")
+    assert len(upstream.requests) == (1 if key else 0)
+    assert host.events == []
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [({}, "/v1/-/webhooks?of=team-a"), ({"prefix": ""}, "/-/webhooks"), ({"prefix": "/r"}, "/r/-/webhooks")],
+)
+async def test_where_deliveries_are_taken(upstream: RawUpstream, options: dict[str, Any], target: str) -> None:
+    host = Host()
+    caller = await call(_taking(upstream.url, host, options=options), _delivery("POST", target), DELIVERY)
+    assert (caller.status, len(host.events)) == (204, 1)
+
+
+async def test_the_host_may_keep_the_path(upstream: RawUpstream) -> None:
+    app = _taking(upstream.url, Host(), options={"exclude": ["/v1/-/webhooks"]})
+    assert (await call(app, _delivery(), DELIVERY)).content == b"host"
+
+
+@pytest.mark.parametrize(("headers", "status", "sent"), [([], 401, 0), ([KEY], 200, 1)])
+async def test_without_secrets_the_path_is_one_as_any_other(
+    upstream: RawUpstream, headers: list[tuple[bytes, bytes]], status: int, sent: int
+) -> None:
+    caller = await call(proxy(upstream.url), _delivery("POST", "/v1/-/webhooks", *headers), DELIVERY)
+    assert (caller.status, len(upstream.requests)) == (status, sent)
+
+
+async def test_a_callback_that_fails_gets_the_delivery_again(
+    upstream: RawUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = Host(ZeroDivisionError("hunter2"))
+    app = _taking(upstream.url, host)
+    caller = await call(app, _delivery(), DELIVERY)
+    assert (caller.status, _error(caller)["type"]) == (500, "webhook_failed")
+    assert caplog.messages == ["webhook callback failed: ZeroDivisionError"]
+    assert (await call(app, _delivery(), DELIVERY)).status == 204
+    assert len(host.events) == 2
+
+
+@pytest.mark.parametrize("who", ["sender", "server"])
+async def test_a_callback_goes_on_when_nobody_waits_for_it(upstream: RawUpstream, who: str) -> None:
+    started, go_on, done = anyio.Event(), anyio.Event(), []
+
+    async def on_webhook(event: WebhookEvent) -> None:
+        started.set()
+        await go_on.wait()
+        await anyio.lowlevel.checkpoint()
+        done.append(event.id)
+
+    app, caller = _taking(upstream.url, on_webhook), Caller([DELIVERY])
+    async with anyio.create_task_group() as outer, anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, _delivery())
+        await started.wait()
+        caller.left.set() if who == "sender" else tasks.cancel_scope.cancel()
+        outer.start_soon(_set_later, go_on)
+    assert done == ["msg_1"]
+    assert (await call(app, _delivery(), DELIVERY)).status == 409
+    assert done == ["msg_1"]
+
+
+async def _set_later(event: anyio.Event) -> None:
+    await anyio.wait_all_tasks_blocked()
+    event.set()
+
+
+async def test_deliveries_take_no_room_in_the_memory_of_this_process(upstream: RawUpstream) -> None:
+    store = MemoryPredictionStore()
+    assert (await call(_taking(upstream.url, Host(), store=store), _delivery(), DELIVERY)).status == 204
+    assert len(store) == 0
+
+
+async def test_processes_with_a_store_of_the_host_s_take_a_delivery_once(upstream: RawUpstream) -> None:
+    store, host = Switched(), Host()
+    answers = [await call(_taking(upstream.url, host, store=store), _delivery(), DELIVERY) for _ in range(2)]
+    assert [answer.status for answer in answers] == [204, 409]
+    assert len(host.events) == 1
+    [id] = store.put_ids
+    assert id.startswith("webhook:")
+
+
+# --- what telemetry is told to do
+
+
+@pytest.mark.parametrize(
+    ("keywords", "named"),
+    [
+        ({"on_webhook": Host()}, "on_webhook: needs webhook_secrets"),
+        ({"options": {"webhook_secrets": ["hunter2"]}}, "webhook_secrets: each must be"),
+        ({"options": {"capture_content": "sometimes"}}, "capture_content: must be"),
+        ({"options": {"capture_content": 1.5}}, "capture_content: must be"),
+        ({"prices": 5}, "prices: must be a table"),
+        ({"prices": {"a/b": 5}}, "prices: 'a/b' has neither"),
+        ({"prices": {"a/b": "c/d"}}, "prices: 'a/b' leads to 'c/d'"),
+    ],
+)
+async def test_what_is_wrong_is_named_when_the_middleware_is_made(keywords: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as raised:
+        proxy("http://127.0.0.1:1", **keywords)
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("propagates", [True, False])
+@pytest.mark.parametrize("traces", [True, False])
+async def test_replicate_is_told_of_a_trace_if_the_host_says_so_and_there_is_one(
+    upstream: RawUpstream,
+    tracer_provider: TracerProvider,
+    exporter: InMemorySpanExporter,
+    propagates: bool,
+    traces: bool,
+) -> None:
+    provider: dict[str, Any] = {"tracer_provider": tracer_provider} if traces else {}
+    theirs = (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    beside = [(b"tracestate", b"a=b"), (b"baggage", b"a=b")]
+    app = proxy(upstream.url, options={"propagate_upstream": propagates, "trust_traceparent": "ignore"}, **provider)
+    await call(app, http_scope(headers=[KEY, theirs, *beside]))
+    [received] = upstream.requests
+    expected = []
+    if propagates and traces:
+        context = exporter.get_finished_spans()[0].context
+        assert context is not None
+        expected = [f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}".encode()]
+    assert received.header(b"traceparent") == expected
+    assert received.header(b"tracestate") == received.header(b"baggage") == []

@@ -227,3 +227,27 @@ def test_metadata_that_is_just_too_deep_fails_no_request(depth: int) -> None:
 @given(st.binary(max_size=200))
 def test_no_metadata_fails_a_request(text: bytes) -> None:
     portkey.read([(b"x-portkey-metadata", text)])
+
+
+@pytest.mark.parametrize(
+    ("text", "debug"),
+    [
+        (b"false", False),
+        (b"False", False),
+        (b" FALSE ", False),
+        (b"true", True),
+        (b"TRUE", True),
+        (b"", None),
+        (b"0", None),
+        (b"no", None),
+        (b"falsey", None),
+    ],
+)
+def test_whether_content_may_be_logged(text: bytes, debug: bool | None) -> None:
+    context = portkey.read([(b"x-portkey-debug", text)])
+    assert context == portkey.PortkeyContext(present=True, debug=debug)
+
+
+def test_nobody_forbids_it_by_default() -> None:
+    assert portkey.read([(b"x-portkey-trace-id", b"t")]).debug is None
+    assert portkey.read([]).debug is None

@@ -12,6 +12,13 @@ def test_what_is_public_is_there_and_sorted() -> None:
 
 
 def test_the_core_imports_no_optional_package() -> None:
-    optional = ["opentelemetry.sdk", "litestar", "starlette", "uvicorn", "trio"]
+    optional = [
+        *("opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.instrumentation", "standardwebhooks"),
+        *("litestar", "starlette", "uvicorn", "redis", "trio"),
+    ]
     code = f"import replicate_proxy_mw, sys; print([name for name in {optional} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_what_takes_and_tells_is_public() -> None:
+    assert {"PriceRequest", "Rates", "WebhookEvent", "configure_telemetry"} <= {*replicate_proxy_mw.__all__}

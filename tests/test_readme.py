@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from replicate_proxy_mw import KeyRequest
+from replicate_proxy_mw import KeyRequest, ReplicateProxyMiddleware, StaticKeyResolver
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.clients.drivers import require
 from tests.documents import Page, execute
@@ -111,8 +111,17 @@ def test_the_rest_of_the_python_at_least_runs() -> None:
     assert execute(README.block("python", "pytest_plugins ="))["pytest_plugins"]
 
 
+def test_telemetry_is_switched_on_and_has_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")  # the rest of the process is to keep its own
+    known = execute(README.block("python", "configure_telemetry()"))
+    assert known["telemetry"].shutdown()
+    ReplicateProxyMiddleware(
+        host, key_resolver=StaticKeyResolver("r8_the_token", api_keys=["a"]), prices=known["prices"]
+    )
+
+
 def test_no_block_is_forgotten() -> None:
-    assert README.count("python", "js", "sh") == 14
+    assert README.count("python", "js", "sh") == 15
 
 
 def test_files_that_it_links_to_are_there() -> None:

@@ -16,7 +16,16 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from replicate_proxy_mw import KeyRequest, PermissionDenied, ProxyConfig, ReplicateKey, ReplicateProxyMiddleware
+from replicate_proxy_mw import KeyRequest, PermissionDenied, ProxyConfig, Rates, ReplicateKey, ReplicateProxyMiddleware
+from replicate_proxy_mw.telemetry import SAMPLE_PRICES
+
+# Samples, in US dollars: what a model costs is on its page at Replicate.
+PRICES: dict[str, Rates | str] = {
+    **SAMPLE_PRICES,
+    "replicate/hello-world": "cpu",
+    "meta/meta-llama-3-8b-instruct": Rates(per_input_token=0.05e-6, per_output_token=0.25e-6),
+    "black-forest-labs/flux-schnell": Rates(per_output=0.003),
+}
 
 
 class NewPicture(BaseModel):
@@ -114,5 +123,6 @@ def create_app(*, upstream: str, token: str) -> FastAPI:
         ReplicateProxyMiddleware,
         key_resolver=key_of_team,
         config=ProxyConfig(upstream=upstream, exclude=["/v1/status"]),
+        prices=PRICES,
     )
     return app

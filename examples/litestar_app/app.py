@@ -17,8 +17,17 @@ from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 from msgspec import Meta, Struct
 
-from replicate_proxy_mw import KeyRequest, PermissionDenied, ProxyConfig, ReplicateKey
+from replicate_proxy_mw import KeyRequest, PermissionDenied, ProxyConfig, Rates, ReplicateKey
 from replicate_proxy_mw.litestar import ReplicateProxyPlugin
+from replicate_proxy_mw.telemetry import SAMPLE_PRICES
+
+# Samples, in US dollars: what a model costs is on its page at Replicate.
+PRICES: dict[str, Rates | str] = {
+    **SAMPLE_PRICES,
+    "replicate/hello-world": "cpu",
+    "meta/meta-llama-3-8b-instruct": Rates(per_input_token=0.05e-6, per_output_token=0.25e-6),
+    "black-forest-labs/flux-schnell": Rates(per_output=0.003),
+}
 
 
 class NewPicture(Struct):
@@ -96,7 +105,7 @@ async def status(state: State) -> dict[str, str | int]:
 def create_app(*, upstream: str, token: str) -> Litestar:
     """The service. `upstream` is Replicate's API or a fake of it, with `/v1`; `token` is the one all teams share."""
 
-    # What the proxy needed: this resolver and the line `plugins`.
+    # What the proxy needed: this resolver, prices and `plugins`.
     async def key_of_team(request: KeyRequest) -> ReplicateKey | None:
         team = app.state.desk.teams.get(request.api_key)
         if team is None:
@@ -110,6 +119,6 @@ def create_app(*, upstream: str, token: str) -> Litestar:
         lifespan=[lifespan],
         exception_handlers={NoSuchPicture: no_such_picture},
         cors_config=CORSConfig(allow_origins=["https://desk.example"], allow_methods=["GET", "POST"]),
-        plugins=[ReplicateProxyPlugin(key_resolver=key_of_team, config=ProxyConfig(upstream=upstream))],
+        plugins=[ReplicateProxyPlugin(key_resolver=key_of_team, config=ProxyConfig(upstream=upstream), prices=PRICES)],
     )
     return app

@@ -1,6 +1,7 @@
 """Portkey's Replicate proxy as ASGI middleware: in your own process, on your own OpenTelemetry dashboards."""
 
 from .config import ProxyConfig
+from .endpoints.webhooks import WebhookEvent
 from .errors import PermissionDenied
 from .exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from .keys import (
@@ -17,6 +18,7 @@ from .keys import (
 from .middleware import ReplicateProxyMiddleware
 from .policy import Policy
 from .store import MemoryPredictionStore, PredictionStore
+from .telemetry import PriceRequest, Rates, configure_telemetry
 
 __all__ = [
     "CachedKeyResolver",
@@ -32,10 +34,14 @@ __all__ = [
     "PermissionDenied",
     "Policy",
     "PredictionStore",
+    "PriceRequest",
     "ProxyConfig",
     "ProxyRequest",
     "ProxyResponse",
+    "Rates",
     "ReplicateKey",
     "ReplicateProxyMiddleware",
     "StaticKeyResolver",
+    "WebhookEvent",
+    "configure_telemetry",
 ]

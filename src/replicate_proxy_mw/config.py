@@ -109,6 +109,21 @@ class ProxyConfig:
     """What an incoming `traceparent` is to the request span where the host has none of its own: its parent, since
     callers are usually services of the same house; `link` or `ignore` for a proxy that strangers reach."""
 
+    propagate_upstream: bool = False
+    """Send Replicate the attempt's `traceparent`. Not by default: trace ids are nobody's business there."""
+
+    capture_content: bool | str | None = None
+    """Show inputs and outputs, redacted and cut: `SPAN_ONLY`, `EVENT_ONLY`, `SPAN_AND_EVENT`, `NO_CONTENT`, or True for
+    the first and False for the last. By default what `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT` says, and
+    nothing where that is not set: prompts are personal data."""
+
+    webhook_secrets: Sequence[str] = field(default=(), repr=False)
+    """Replicate's signing secrets (`whsec_…`), several while one is replaced: with one there, deliveries are taken at
+    `/-/webhooks` below the prefix."""
+
+    webhook_timeout: float = 10.0
+    """For the host's `on_webhook`, then 500: Replicate tries again."""
+
     def __post_init__(self) -> None:
         _check_path("prefix", self.prefix, may_be_empty=True)
         for path in _names("exclude", self.exclude):
@@ -125,6 +140,7 @@ class ProxyConfig:
             "store_timeout",
             "stream_lifetime",
             "stream_timeout",
+            "webhook_timeout",
         ):
             if not getattr(self, option) > 0:
                 raise ValueError(f"{option}: must be more than 0 seconds")
@@ -140,6 +156,7 @@ class ProxyConfig:
         if not self.stream_lifetime <= 86400:
             raise ValueError("stream_lifetime: must be at most a day, since a URL cannot be taken back")
         _names("stream_hosts", self.stream_hosts)
+        _names("webhook_secrets", self.webhook_secrets)
         for option in ("forward_headers", "return_headers"):
             for name in _names(option, getattr(self, option)):
                 lowered = name.lower().encode("ascii", "replace")

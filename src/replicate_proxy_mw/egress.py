@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from . import portkey
 from .errors import ClientDisconnected, ProxyError
 from .exchange import ProxyResponse
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from asgiref.typing import ASGISendCallable, HTTPResponseBodyEvent, HTTPResponseStartEvent
@@ -21,6 +22,7 @@ class Reply:
         size: bytes of body that went out.
         ending: the last message is on its way.
         complete: it went out.
+        waiting: what is spent waiting for the server is counted here, if anybody counts.
     """
 
     def __init__(self, send: ASGISendCallable, *, method: str) -> None:
@@ -30,6 +32,7 @@ class Reply:
         self.size = 0
         self.ending = False
         self.complete = False
+        self.waiting: Waiting | None = None
 
     async def relay(self, response: ProxyResponse) -> None:
         """Send `response` chunk by chunk; each waits until the server takes it.
@@ -55,7 +58,11 @@ class Reply:
 
     async def _out(self, message: HTTPResponseStartEvent | HTTPResponseBodyEvent) -> None:
         try:
-            await self._send(message)
+            if self.waiting is None:
+                await self._send(message)
+            else:
+                with self.waiting:
+                    await self._send(message)
         except OSError:
             raise ClientDisconnected() from None
 

@@ -2,16 +2,21 @@
 
     ProxyError                  500  internal_error
     ├── BadRequest              400  bad_request
+    ├── WebhookUnsigned         400  webhook_unsigned
     ├── KeyMissing              401  key_missing
     ├── KeyUnknown              401  key_unknown
+    ├── WebhookUnverified       401  webhook_unverified
     ├── PermissionDenied        403  permission_denied
     ├── NotOwned                404  not_found               another tenant's, or nobody's
     ├── StreamUnknown           404  stream_unknown
     ├── MethodNotAllowed        405  method_not_allowed
     ├── RequestTimeout          408  request_timeout         the caller's own limit
+    ├── WebhookReplayed         409  webhook_replayed
     ├── StreamExpired           410  stream_expired
+    ├── BodyTooLarge            413  body_too_large
     ├── LimitExceeded           429  limit_exceeded
     ├── ClientDisconnected      499  client_disconnected     nobody is left to read it
+    ├── WebhookFailed           500  webhook_failed          the host's callback
     ├── UpstreamUnreachable     502  upstream_unreachable    not one byte was sent
     ├── UpstreamFailed          502  upstream_failed         the request may have been received
     ├── ResolverFailed          503  resolver_failed
@@ -34,6 +39,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 # A 401 has to say how to authenticate (RFC 9110, section 15.5.2).
 _CHALLENGE = ((b"www-authenticate", b"Bearer"),)
+_SIGNED = ((b"www-authenticate", b"Standard-Webhooks"),)  # no scheme is registered for it
 _SOON = ((b"retry-after", b"1"),)
 
 
@@ -62,6 +68,13 @@ class BadRequest(ProxyError):
     message = "The request is malformed."
 
 
+class WebhookUnsigned(ProxyError):
+    status = 400
+    code = "webhook_unsigned"
+    outcome = "auth_missing"
+    message = "A webhook has one each of the headers webhook-id, webhook-timestamp and webhook-signature."
+
+
 class KeyMissing(ProxyError):
     status = 401
     code = "key_missing"
@@ -80,6 +93,16 @@ class KeyUnknown(ProxyError):
 
     def __init__(self) -> None:
         super().__init__(headers=_CHALLENGE)
+
+
+class WebhookUnverified(ProxyError):
+    status = 401
+    code = "webhook_unverified"
+    outcome = "auth_invalid"
+    message = "This webhook has no signature that is right."
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message, headers=_SIGNED)
 
 
 class PermissionDenied(ProxyError):
@@ -126,11 +149,25 @@ class RequestTimeout(ProxyError):
         super().__init__(f"Request exceeded the timeout sent in the request: {seconds * 1000:.0f}ms")
 
 
+class WebhookReplayed(ProxyError):
+    status = 409
+    code = "webhook_replayed"
+    outcome = "denied"
+    message = "This webhook has been taken already."
+
+
 class StreamExpired(ProxyError):
     status = 410
     code = "stream_expired"
     outcome = "denied"
     message = "This stream URL has expired: read the prediction again for a new one."
+
+
+class BodyTooLarge(ProxyError):
+    status = 413
+    code = "body_too_large"
+    outcome = "body_too_large"
+    message = "The body is too large."
 
 
 class LimitExceeded(ProxyError):
@@ -153,6 +190,15 @@ class ClientDisconnected(ProxyError):
     code = "client_disconnected"
     outcome = "client_disconnected"
     message = "The caller closed the connection."
+
+
+class WebhookFailed(ProxyError):
+    """What takes deliveries failed: Replicate tries again."""
+
+    status = 500
+    code = "webhook_failed"
+    outcome = "resolver_error"
+    message = "This webhook could not be taken; send it again."
 
 
 class UpstreamUnreachable(ProxyError):
@@ -195,8 +241,8 @@ class Overloaded(ProxyError):
     outcome = "overloaded"
     message = "All connections to Replicate are in use; nothing was sent, try again."
 
-    def __init__(self) -> None:
-        super().__init__(headers=_SOON)
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message, headers=_SOON)
 
 
 class UpstreamTimeout(ProxyError):

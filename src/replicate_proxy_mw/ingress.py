@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import anyio
 
 from .errors import BadRequest, ClientDisconnected, ProxyError
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from asgiref.typing import ASGIReceiveCallable
@@ -31,6 +33,7 @@ class RequestBody:
         size: bytes read so far.
         disconnected: the caller has left.
         failure: what `receive()` raised. It is the host's (Starlette's body limit) and has to leave as it came.
+        waiting: what is spent waiting for the caller is counted here, if anybody counts.
     """
 
     def __init__(self, receive: ASGIReceiveCallable) -> None:
@@ -45,6 +48,7 @@ class RequestBody:
         self.size = 0
         self.disconnected = False
         self.failure: Exception | None = None
+        self.waiting: Waiting | None = None
 
     async def begin(self, declared: int | None = None) -> None:
         """Read the first message, which alone tells whether there is a body: over HTTP/2 no header has to.
@@ -58,7 +62,8 @@ class RequestBody:
             ClientDisconnected: there is nobody to read from.
         """
         self._declared = declared
-        await self._read()
+        with self.waiting or nullcontext():
+            await self._read()
         if self.disconnected:
             raise ClientDisconnected()
         if self._mismatch is not None:
@@ -93,7 +98,8 @@ class RequestBody:
                 raise ClientDisconnected()
             if not self._more:
                 raise StopAsyncIteration
-            await self._changed.wait()
+            with self.waiting or nullcontext():
+                await self._changed.wait()
         chunk = self._chunks.popleft()
         self._notify()
         return chunk

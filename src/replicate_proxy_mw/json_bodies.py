@@ -30,6 +30,8 @@ _OF_THE_BYTES = frozenset(
 
 _NOT_KEPT = (b"cache-control", b"private, no-store")
 
+_FIRST_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]+)"\s*[,}]')
+
 
 def asking_for_plain(request: ProxyRequest) -> ProxyRequest:
     """`request` for an answer that is whole and not encoded."""
@@ -98,6 +100,19 @@ def for_one_caller(response: ProxyResponse) -> ProxyResponse:
         return response
     headers = (*[pair for pair in response.headers if pair[0] != b"cache-control"], _NOT_KEPT)
     return ProxyResponse(status=response.status, headers=headers, body=response.body, aclose=response.aclose)
+
+
+def id_of(body: bytes | None) -> str | None:
+    """The member `id` of an object. It stands at the top, so that a piece of the body may do."""
+    if first := _FIRST_ID.match(body or b""):
+        return first[1].decode()
+    try:
+        for name, value, _, _ in members((body or b"").decode("utf-8", "replace")):
+            if name == "id":
+                return value if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 def _value(headers: HeaderList, name: bytes) -> bytes:

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     import httpx
     from litestar.config.app import AppConfig
     from litestar.types import Guard
+    from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
+    from .endpoints.webhooks import OnWebhook
     from .store import PredictionStore
+    from .telemetry import Prices, Redact
 
 
 class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
@@ -52,7 +55,11 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
         transport: httpx.AsyncBaseTransport | None = None,
         layers: Sequence[Layer] = (),
         store: PredictionStore | None = None,
+        prices: Prices | None = None,
+        on_webhook: OnWebhook | None = None,
+        redact: Redact | None = None,
         tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
         guards: Sequence[Guard] = (),
     ) -> None:
         self._config = config or ProxyConfig()
@@ -66,7 +73,11 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
             "transport": transport,
             "layers": layers,
             "store": store,
+            "prices": prices,
+            "on_webhook": on_webhook,
+            "redact": redact,
             "tracer_provider": tracer_provider,
+            "meter_provider": meter_provider,
         }
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:

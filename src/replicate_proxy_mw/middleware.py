@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from .config import ProxyConfig
 from .egress import Reply, complete, render
 from .endpoints import stream_urls
 from .endpoints.streams import StreamEndpoint
-from .errors import ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
+from .endpoints.webhooks import OnWebhook, WebhookEndpoint
+from .errors import BadRequest, ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
 from .exchange import Chunks, Forward, Layer, Opened, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
@@ -31,11 +33,12 @@ from .layers.unwrap import unwrap_data
 from .layers.whole import whole_answers
 from .policy import permit
 from .store import Ledger, MemoryPredictionStore, PredictionStore
-from .telemetry import RequestSpan, Telemetry
+from .telemetry import Prices, Redact, RequestSpan, Telemetry
 from .upstream import Upstream
 
 if TYPE_CHECKING:
     import httpx
+    from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
 logger = logging.getLogger("replicate_proxy_mw")
@@ -48,6 +51,9 @@ AFTERWARDS_TIMEOUT = 10.0
 
 # For closing an upstream connection when everything else has ended: it must not hold up the host.
 CLOSE_TIMEOUT = 1.0
+
+# An endpoint of our own: what it does for a request before it is watched, and then.
+_Own = Callable[..., Awaitable[Callable[[], Awaitable[None]]]]
 
 _CLOSING = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 
@@ -65,7 +71,14 @@ class ReplicateProxyMiddleware:
             its first request, and closed with the host's lifespan.
         layers: what requests pass on their way to Replicate, outermost first.
         store: what is known of predictions beyond a request; by default in the memory of this process.
-        tracer_provider: where spans go; by default OpenTelemetry's global one.
+        prices: what predictions cost, by model, deployment or hardware: a table, or an async callable.
+        on_webhook: what takes Replicate's deliveries, once their signature is verified (`webhook_secrets`). It may get
+            one twice, and knows it by its id.
+        redact: with `capture_content`, from the path and value of each leaf of an input or output to what is shown.
+        tracer_provider, meter_provider: where spans and metrics go; by default OpenTelemetry's global ones.
+
+    Raises:
+        ValueError: an argument is not what it should be; the text names it.
     """
 
     def __init__(
@@ -77,7 +90,11 @@ class ReplicateProxyMiddleware:
         transport: httpx.AsyncBaseTransport | None = None,
         layers: Sequence[Layer] = (),
         store: PredictionStore | None = None,
+        prices: Prices | None = None,
+        on_webhook: OnWebhook | None = None,
+        redact: Redact | None = None,
         tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
     ) -> None:
         self.app = app
         self._config = config = config or ProxyConfig()
@@ -85,17 +102,24 @@ class ReplicateProxyMiddleware:
         self._decoded_prefix = unquote(config.prefix)
         self._key_resolver = key_resolver
         self._forward_headers = frozenset(name.lower().encode() for name in config.forward_headers)
+        ledger = Ledger(MemoryPredictionStore() if store is None else store, timeout=config.store_timeout)
         self._telemetry = Telemetry(
             prefix=config.prefix,
             upstream=config.upstream,
             trust_traceparent=config.trust_traceparent,
+            propagate_upstream=config.propagate_upstream,
+            ledger=ledger,
+            prices=prices,
+            capture_content=config.capture_content,
+            redact=redact,
             tracer_provider=tracer_provider,
+            meter_provider=meter_provider,
         )
         self._upstream = Upstream(config, transport)
         self._stream_hosts = Upstream(replace(config, max_connections=config.max_streams), transport)
         self._streams = self._stream_endpoint()
+        self._webhooks = self._webhook_endpoint(on_webhook, ledger)
         self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
-        ledger = Ledger(MemoryPredictionStore() if store is None else store, timeout=config.store_timeout)
         for layer in reversed(self._layers(layers, ledger)):
             self._forward = layer(self._forward)
 
@@ -109,6 +133,20 @@ class ReplicateProxyMiddleware:
             hosts=config.stream_hosts,
             send=self._stream_hosts.send,
             timeout=self._stream_hosts.timeout | {"read": config.stream_timeout},
+        )
+
+    def _webhook_endpoint(self, on_webhook: OnWebhook | None, ledger: Ledger) -> WebhookEndpoint | None:
+        config = self._config
+        if not config.webhook_secrets:
+            if on_webhook is not None:
+                raise ValueError("on_webhook: needs webhook_secrets, since strangers can send to it")
+            return None
+        return WebhookEndpoint(
+            secrets=config.webhook_secrets,
+            on_event=on_webhook,
+            timeout=config.webhook_timeout,
+            # Nobody else looks into this process, and deliveries would take the room of predictions.
+            ledger=None if ledger.in_memory else ledger,
         )
 
     def _layers(self, of_the_host: Sequence[Layer], ledger: Ledger) -> list[Layer]:
@@ -181,15 +219,13 @@ class ReplicateProxyMiddleware:
         *,
         repaired: bool,
     ) -> None:
-        streams = self._streams if self._streams and stream_urls.is_meant(path) else None
-        route = routing.STREAM if streams else routing.match(scope["method"], path)
-        with self._telemetry.request(scope, route) as span:
+        route, own = self._route(scope, path)
+        with self._telemetry.request(scope, route, afterwards) as span:
+            body.waiting = reply.waiting = span.waiting
             failure: Exception | None = None
             try:
-                if streams:
-                    await body.begin()
-                    body.abandon()
-                    relay = partial(self._relay_stream, streams, scope, path, reply, span)
+                if own is not None:
+                    relay = await own(scope, path, body, reply, span)
                 else:
                     request = await self._admit(scope, path, route, body, span, afterwards)
                     request = replace(request, repaired_path=repaired) if repaired else request
@@ -204,6 +240,14 @@ class ReplicateProxyMiddleware:
             finally:
                 span.status, span.complete = reply.status, reply.complete
                 span.request_size, span.response_size = body.size, reply.size
+
+    def _route(self, scope: Mapping[str, Any], path: str) -> tuple[routing.Route, _Own | None]:
+        """Where a request goes, and what answers it if that is not Replicate's API."""
+        if self._streams is not None and stream_urls.is_meant(path):
+            return routing.STREAM, partial(self._stream, self._streams)
+        if self._webhooks is not None and path == routing.WEBHOOK.template:
+            return routing.WEBHOOK, partial(self._webhook, self._webhooks)
+        return routing.match(scope["method"], path), None
 
     async def _admit(
         self,
@@ -241,7 +285,7 @@ class ReplicateProxyMiddleware:
             ),
             seconds=self._config.resolver_timeout,
         )
-        span.tenant(key.tenant)
+        span.resolved(key)
         permit(key.policy, route, path)
         await body.begin(declared)
         whole = body.whole()
@@ -276,15 +320,54 @@ class ReplicateProxyMiddleware:
         finally:
             await _close(request.opened)
 
-    async def _relay_stream(
-        self, streams: StreamEndpoint, scope: Mapping[str, Any], path: str, reply: Reply, span: RequestSpan
-    ) -> None:
-        response = await streams.open(path=path, method=scope["method"], headers=headers.up(scope["headers"]))
-        span.outcome = "forwarded"
-        try:
+    async def _stream(
+        self,
+        streams: StreamEndpoint,
+        scope: Mapping[str, Any],
+        path: str,
+        body: RequestBody,
+        reply: Reply,
+        span: RequestSpan,
+    ) -> Callable[[], Awaitable[None]]:
+        await body.begin()
+        body.abandon()
+        with suppress(BadRequest):  # what it says of itself; who may read is in the URL
+            span.caller(portkey.read(scope["headers"]))
+        stream = streams.find(path=path, method=scope["method"])
+        kept = headers.up(scope["headers"])
+
+        async def relay() -> None:
+            response = await self._telemetry.stream(
+                span,
+                streams.fetch(stream, kept),
+                host=stream.url.host,
+                port=stream.url.port or 443,
+                prediction_id=stream.id,
+            )
+            try:
+                await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
+            finally:
+                await _close([response])
+
+        return relay
+
+    async def _webhook(
+        self,
+        webhooks: WebhookEndpoint,
+        scope: Mapping[str, Any],
+        path: str,
+        body: RequestBody,
+        reply: Reply,
+        span: RequestSpan,
+    ) -> Callable[[], Awaitable[None]]:
+        await body.begin(headers.length(scope["headers"]))
+
+        async def relay() -> None:
+            response, payload = await webhooks.answer(method=scope["method"], headers=scope["headers"], body=body)
+            self._telemetry.delivered(span, payload)
             await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
-        finally:
-            await _close([response])
+
+        return relay
 
     async def _refuse(
         self, error: Exception, scope: Mapping[str, Any], body: RequestBody, reply: Reply, span: RequestSpan
@@ -302,7 +385,7 @@ class ReplicateProxyMiddleware:
         span.refuse(error)
         if reply.status is None:
             # To a caller who has left, too: a host around us may insist on an answer.
-            answer, trace_id = render(error, request_id=span.id), span.portkey_trace_id or span.id
+            answer, trace_id = render(error, request_id=span.id), (span.portkey and span.portkey.trace_id) or span.id
             await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
 
 

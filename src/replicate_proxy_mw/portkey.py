@@ -35,8 +35,8 @@ class PortkeyContext:
     """The caller's Portkey headers as text. `metadata` is None where there is none, or none that can be read.
 
     `present` says whether there is any. `caller_token` is a Replicate token that the caller brings beside its key;
-    `request_timeout` is in seconds. `api_key`, `caller_token`, `virtual_key` and `config` may be or hold secrets and
-    are not printed.
+    `request_timeout` is in seconds; `debug` is False where the caller wants no content logged. `api_key`,
+    `caller_token`, `virtual_key` and `config` may be or hold secrets and are not printed.
     """
 
     present: bool = False
@@ -53,6 +53,7 @@ class PortkeyContext:
     span_name: str | None = None
     metadata: Mapping[str, str] | None = None
     metadata_invalid: bool = False
+    debug: bool | None = None
 
 
 def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
@@ -100,6 +101,7 @@ def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
         span_name=_short(texts.get(b"span-name")),
         metadata=metadata,
         metadata_invalid=metadata_invalid,
+        debug={"true": True, "false": False}.get(texts.get(b"debug", "").lower()),
     )
 
 

@@ -42,6 +42,7 @@ class Route:
 
 
 STREAM = Route("/-/streams/{token}", is_secret=True)
+WEBHOOK = Route("/-/webhooks")
 UNKNOWN = Route("/{path}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import trees
 from tests.clients.drivers import require
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +177,18 @@ def test_the_demo_shows_every_call_with_its_tree(tmp_path: Path, curl: bool) -> 
         assert answered in shown
     for outcome in ("outcome=forwarded  tenant=team-a", "outcome=forwarded  tenant=team-b", "outcome=auth_invalid"):
         assert outcome in shown
+    for run in (
+        "generate_content replicate/hello-world",
+        "prediction.queue_time=0.4  prediction.run_time=1.1",
+        "prediction.cost=0.00011  prediction.cost.currency=USD",
+        "prediction.cost.basis=per_input_token,per_output_token",
+        "lifecycle.observed_by=cancel",
+    ):
+        assert run in shown
+    assert shown.count("the tree of its create is complete") == 4
+    [of_readme] = trees.shown(ROOT.joinpath("README.md").read_text(encoding="utf-8"))
+    # How often it was asked until the end differs, and is a number.
+    assert of_readme in [trees.words(part) for part in shown.split("\n\n")]
     for noise in ("\x1b", "\r", "Traceback", "Warning"):
         assert noise not in shown
 

@@ -178,6 +178,30 @@ def test_values_of_every_type(recorder: Recorder) -> None:
     assert shape(render(recorder.spans))[1:] == ['       a=true  b=1.5  c=["x", "y"]  d="two words"  e=""  f=é']
 
 
+def test_a_small_amount_is_written_out(recorder: Recorder) -> None:
+    attributes = {"replicate.prediction.cost": 3.8e-06, "replicate.prediction.run_time": 1.0}
+    recorder.tracer.start_span("span", start_time=0, attributes=attributes).end(0)
+    assert shape(render(recorder.spans))[1:] == ["       prediction.cost=0.0000038  prediction.run_time=1.0"]
+
+
+def test_a_prediction_comes_before_what_was_seen_of_it_and_both_before_the_rest(recorder: Recorder) -> None:
+    names = (
+        "gen_ai.response.id",
+        "replicate_proxy.lifecycle.polls",
+        "replicate.model.name",
+        "replicate.prediction.cost",
+        "replicate.prediction.status",
+        "replicate.prediction.id",
+        "replicate.operation",
+        "replicate_proxy.tenant",
+        "replicate_proxy.outcome",
+        "error.type",
+    )
+    recorder.tracer.start_span("span", start_time=0, attributes=dict.fromkeys(names, "x")).end(0)
+    told = " ".join(shape(render(recorder.spans))[1:]).replace("=x", "").split()
+    assert told == [name.removeprefix("replicate_proxy.").removeprefix("replicate.") for name in reversed(names)]
+
+
 def test_what_callers_send_cannot_control_the_terminal(recorder: Recorder) -> None:
     attributes = {"portkey.metadata.user": "\x1b[2J\r\nada\x9b\u202e\ud800", "k\x1b": "v", "long": "x" * 1000}
     recorder.tracer.start_span("na\nme\x1b]0;title\x07", start_time=0, attributes=attributes).end(0)
@@ -237,16 +261,34 @@ def test_the_printer_writes_when_the_last_span_of_the_tree_has_ended() -> None:
     assert [line.split()[1] for line in shape(stream.getvalue())] == ["root", "child"]
 
 
-def test_a_span_that_starts_later_gets_a_tree_of_its_own() -> None:
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_span_that_starts_later_is_shown_in_its_tree_once_more(is_remote: bool) -> None:
     stream = io.StringIO()
     tracer = tracer_of(SpanTreePrinter(stream))
     root = tracer.start_span("root")
+    tracer.start_span("child", trace.set_span_in_context(root)).end()
     root.end()
-    tracer.start_span("late", trace.set_span_in_context(root)).end()
-    first, second = stream.getvalue().rstrip("\n").split("\n\n")
-    assert "root" in first
-    assert second.startswith(f"{first.splitlines()[0]}  below span ")
-    assert "late" in second
+    own = root.get_span_context()
+    known = SpanContext(own.trace_id, own.span_id, is_remote=is_remote, trace_flags=own.trace_flags)
+    for name in ("late", "later"):
+        tracer.start_span(name, trace.set_span_in_context(NonRecordingSpan(known))).end()
+    trees = [[line.split()[1] for line in shape(tree)] for tree in stream.getvalue().rstrip("\n").split("\n\n")]
+    assert trees == [["root", "child"], ["root", "child", "late"], ["root", "child", "late", "later"]]
+
+
+def test_of_what_was_written_the_oldest_is_forgotten() -> None:
+    stream = io.StringIO()
+    printer = SpanTreePrinter(stream, max_spans=2)
+    tracer = tracer_of(printer)
+    oldest = tracer.start_span("oldest")
+    oldest.end()
+    for name in ("next", "last"):
+        tracer.start_span(name).end()
+    stream.truncate(0)
+    tracer.start_span("late", trace.set_span_in_context(oldest)).end()
+    assert "oldest" not in stream.getvalue()
+    assert "late" in stream.getvalue()
+    assert len(printer._written) == 2
 
 
 def test_a_remote_parent_in_the_same_process_is_another_tree() -> None:

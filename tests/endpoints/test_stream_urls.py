@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicate_proxy_mw.config import STREAM_HOSTS
-from replicate_proxy_mw.endpoints.stream_urls import MAX_URL, PATH, StreamUrls
+from replicate_proxy_mw.endpoints.stream_urls import MAX_URL, PATH, Stream, StreamUrls
 from replicate_proxy_mw.errors import ProxyError, StreamExpired, StreamUnknown
 
 KEY = "a-key-that-all-replicas-have-in-common"
 URL = "https://stream.replicate.com/v1/files/bcwr-3okdfv3o2wehstv5f2okyftwxy57hhypqsi6osiim5iaq5k7u24a"
+LONGEST = "https://stream.replicate.com/" + "a" * (MAX_URL - 29)
+ID = "bcwr3okdfv3o2wehstv5f2okyf"
 
 
 def urls(
@@ -27,17 +29,21 @@ def urls(
     return StreamUrls(key=key, lifetime=lifetime, hosts=hosts, now=now)
 
 
-def signed(made: StreamUrls, url: str = URL) -> str:
-    path = made.path_for(url)
+def signed(made: StreamUrls, url: str = URL, id: str | None = ID) -> str:
+    path = made.path_for(url, id)
     assert path is not None
     return path
 
 
+def found(made: StreamUrls, path: str) -> Stream:
+    stream = made.url_of(path)
+    if isinstance(stream, ProxyError):
+        raise stream
+    return stream
+
+
 def verified(made: StreamUrls, path: str) -> str:
-    found = made.url_of(path)
-    if isinstance(found, ProxyError):
-        raise found
-    return str(found)
+    return str(found(made, path).url)
 
 
 def test_the_path_is_compact_and_holds_what_it_needs() -> None:
@@ -46,10 +52,31 @@ def test_the_path_is_compact_and_holds_what_it_needs() -> None:
     assert path.startswith("/-/streams/")
     content = urlsafe_b64decode(payload + "==")
     assert int.from_bytes(content[:5], "big") == 1_790_003_600
-    assert content[5:].decode() == URL
+    assert content[5:] == b"\x1a" + ID.encode() + URL.encode()
     assert len(signature) == 43
-    assert len(path) < 200
-    assert verified(urls(), path) == URL
+    assert len(path) < 240
+    assert found(urls(), path) == Stream(httpx.URL(URL), ID)
+
+
+@pytest.mark.parametrize("id", ["a", "A-_z9", "x" * 64])
+def test_the_id_comes_back(id: str) -> None:
+    for url in (URL, "https://stream.replicate.com/", LONGEST):
+        assert found(urls(), signed(urls(), url, id)) == Stream(httpx.URL(url), id)
+
+
+@pytest.mark.parametrize("id", [None, "", "x" * 65, "a/b", "a%2Fb", "a b", "a\n", "é", "\udcff", "p1https:"])
+def test_what_is_no_id_is_left_out(id: str | None) -> None:
+    assert found(urls(), signed(urls(), URL, id)) == Stream(httpx.URL(URL), "")
+
+
+def test_a_stream_does_not_show_its_url() -> None:
+    assert repr(found(urls(), signed(urls()))) == f"Stream(id='{ID}')"
+
+
+def test_a_path_is_no_longer_than_servers_take() -> None:
+    path = signed(urls(), LONGEST, "x" * 64)
+    assert 2800 < len(path) < 3072
+    assert verified(urls(), path) == LONGEST
 
 
 @pytest.mark.parametrize(
@@ -59,7 +86,7 @@ def test_the_path_is_compact_and_holds_what_it_needs() -> None:
         "https://streaming-api.svc.us.c.replicate.net/v1/predictions/x",
         "https://streaming-api.svc.rno2.c.replicate.net/v1/streams/x",
         "https://stream.replicate.com/v1/files/a%2Fb?signature=a%3D&x=y/z?",
-        "https://stream.replicate.com/" + "a" * (MAX_URL - 29),
+        LONGEST,
     ],
 )
 def test_stream_urls(url: str) -> None:
@@ -107,7 +134,7 @@ def test_stream_urls(url: str) -> None:
     ],
 )
 def test_other_urls_are_left_alone(url: str) -> None:
-    assert urls().path_for(url) is None
+    assert urls().path_for(url, ID) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +168,7 @@ def test_other_urls_are_left_alone(url: str) -> None:
 )
 def test_hosts_that_are_listed(listed: str, yes: list[str], no: list[str]) -> None:
     made = urls(hosts=["other.test", listed])
-    assert [url for url in yes + no if made.path_for(url)] == yes
+    assert [url for url in yes + no if made.path_for(url, ID)] == yes
 
 
 @pytest.mark.parametrize("listed", ["*", "*.", "*.test", "a.*.test", "*.*.test", "**.a.test", "*.[::1]"])
@@ -178,8 +205,8 @@ def test_a_day_is_not_too_long() -> None:
 
 def test_a_known_answer() -> None:
     """Replicas of two releases may stand side by side: another format needs another label."""
-    assert signed(urls(), "https://stream.replicate.com/x") == (
-        "/-/streams/AGqxSZBodHRwczovL3N0cmVhbS5yZXBsaWNhdGUuY29tL3g.Bido-kH65zDfLkQodYPm8Q34_WI-DLAHH1qN3y_awu4"
+    assert signed(urls(), "https://stream.replicate.com/x", "p1") == (
+        "/-/streams/AGqxSZACcDFodHRwczovL3N0cmVhbS5yZXBsaWNhdGUuY29tL3g.xnCMLIGZ3jcuQBwz-l2Y6gIAOW5mJZKMWTw6mKu_uA8"
     )
 
 
@@ -296,7 +323,7 @@ _NEAR = st.builds(
 @given(_NEAR | st.text().map("https://stream.replicate.com/".__add__))
 def test_only_hosts_that_are_listed_ever_come_out(url: str) -> None:
     made = urls(hosts=["stream.replicate.com", "*.c.replicate.net", "127.0.0.1:8000"])
-    path = made.path_for(url)
+    path = made.path_for(url, ID)
     if path is not None:
         out = httpx.URL(verified(made, path))
         assert str(out) == url

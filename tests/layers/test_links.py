@@ -511,7 +511,7 @@ async def test_the_location_of_any_answer(method: str, target: str, status: int)
 
 
 async def test_streams_lead_where_they_are_said_to() -> None:
-    def stream_path(url: str) -> str | None:
+    def stream_path(url: str, id: str | None) -> str | None:
         return "/-/streams/" + url.rpartition("/")[2] if "stream.replicate.com" in url else None
 
     answered = await _ask("POST", "/predictions", JOB_BODY, stream_path=stream_path)
@@ -522,6 +522,31 @@ async def test_streams_lead_where_they_are_said_to() -> None:
     assert b'"https://stream.test/v1/files/abc"' in answered.content
     answered = await _ask("GET", "/trainings/a", JOB_BODY, stream_path=stream_path)
     assert answered.content == JOB_REWRITTEN
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "id"),
+    [
+        ("POST", "/predictions", JOB_BODY, "a"),
+        ("POST", "/deployments/acme/x/predictions", JOB_BODY, "a"),
+        ("GET", "/predictions/p1", JOB_BODY, "a"),
+        ("GET", "/predictions/p1", JOB_BODY.replace(b'"id"', b'"no"'), "p1"),
+        ("POST", "/predictions/p1/cancel", JOB_BODY.replace(b'"a"', b"[5]"), "p1"),
+        ("POST", "/predictions", JOB_BODY.replace(b'"id"', b'"no"'), None),
+        ("POST", "/predictions", b'{"input": "\xc3\xa9", ' + JOB_BODY[1:].replace(b'"a"', b'"\xc3\xa9"'), "é"),
+    ],
+)
+async def test_streams_are_told_by_the_id_of_their_prediction(
+    method: str, target: str, body: bytes, id: str | None
+) -> None:
+    told: list[tuple[str, str | None]] = []
+
+    def stream_path(url: str, id: str | None) -> str | None:
+        told.append((url, id))
+        return None
+
+    await _ask(method, target, body, stream_path=stream_path)
+    assert told == [("https://stream.replicate.com/v1/files/abc", id)]
 
 
 # --- headers and encodings

@@ -88,7 +88,8 @@ async def test_what_is_remembered(
     assert span.context is not None
     flags = f"{span.context.trace_flags:02x}"
     traceparent = f"00-{format_trace_id(span.context.trace_id)}-{format_span_id(span.context.span_id)}-{flags}"
-    assert await store.get([id]) == {id: StoredPrediction(tenant="team-a", traceparent=traceparent)}
+    stored = (await store.get([id]))[id]
+    assert (stored.tenant, stored.traceparent) == ("team-a", traceparent)
     assert STORE_FAILED not in (span.attributes or {})
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from opentelemetry.trace import SpanKind
 from redis.asyncio import Redis
 
 from replicate_proxy_mw import middleware
-from replicate_proxy_mw.store import StoredPrediction, ledger
+from replicate_proxy_mw.errors import StoreFailed
+from replicate_proxy_mw.store import MemoryPredictionStore, StoredPrediction, ledger
 from replicate_proxy_mw.store.ledger import PROBE
 from replicate_proxy_mw.store.redis import RedisPredictionStore
 from replicate_proxy_mw.telemetry.names import OUTCOME, STORE_FAILED
@@ -127,7 +129,8 @@ async def test_the_paid_answer_reaches_its_caller_all_the_same(
         caller = await ask(app, A, "POST", "/v1/predictions")
     assert (caller.status, caller.content, caller.complete) == (201, CREATED, True)
     name = {refuses: "OSError", hangs: "TimeoutError", denies: "PermissionDenied"}[failure]
-    assert caplog.messages == [f"prediction store failed: {name}"] * 2
+    # The record, the second attempt at it, and what telemetry keeps.
+    assert caplog.messages == [f"prediction store failed: {name}"] * 3
     [span] = [span for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER]
     assert (span.attributes or {})[STORE_FAILED] is True
     assert (span.attributes or {})[OUTCOME] == "forwarded"
@@ -248,6 +251,27 @@ async def test_one_that_the_store_never_takes_holds_up_no_other(
     for _ in range(2):
         await ask(app, B, "GET", "/v1/predictions/p9")
     assert "p1" in await store.get(["p1"])
+
+
+@each_failure
+async def test_any_call_is_bounded_and_told_alike(failure: Any, caplog: pytest.LogCaptureFixture) -> None:
+    store = Switched()
+    known = StoredPrediction(tenant="team-a")
+    await store.put("p1", known)
+    bounded = ledger.Ledger(store, timeout=0.05)
+    store.before_get = failure
+    with pytest.raises(StoreFailed):
+        await bounded.call(lambda store: store.read("p1", "starting"))
+    assert "hunter2" not in caplog.text
+    assert [message.partition(":")[0] for message in caplog.messages] == ["prediction store failed"]
+    store.before_get = nothing
+    assert await bounded.call(lambda store: store.read("p1", "starting")) == replace(known, reads=1)
+
+
+async def test_any_call_of_memory_comes_back_at_once() -> None:
+    store = MemoryPredictionStore()
+    await store.put("p1", StoredPrediction(tenant="team-a"))
+    assert await ledger.Ledger(store, timeout=0.0).call(lambda store: store.claim("p1")) is not None
 
 
 async def test_what_is_not_written_is_bounded(upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch) -> None:

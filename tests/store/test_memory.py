@@ -36,19 +36,21 @@ async def test_an_entry_grows_no_younger_by_use() -> None:
     await store.put("a", MINE)
     clock.advance(9)
     await store.put("a", MINE)
-    await store.get(["a"], read=True)
-    assert await store.claim("a") == replace(MINE, reads=1)
+    await store.put("a", replace(MINE, details="{}"))
+    await store.read("a", "processing")
+    assert await store.claim("a") == replace(MINE, details="{}", reads=1, status="processing")
     clock.advance(1)
     assert await store.get(["a"]) == {}
     await store.put("a", MINE)
     assert await store.claim("a") == MINE
 
 
-async def test_what_is_too_old_cannot_be_claimed() -> None:
+async def test_what_is_too_old_can_be_neither_claimed_nor_read() -> None:
     clock = ManualClock()
     store = MemoryPredictionStore(max_age=10, now=clock.now)
     await store.put("a", MINE)
     clock.advance(10)
+    assert await store.read("a", "processing") is None
     assert await store.claim("a") is None
 
 
@@ -56,7 +58,7 @@ async def test_the_oldest_is_forgotten_for_one_more() -> None:
     store = MemoryPredictionStore(max_entries=2)
     for id in "abc":
         await store.put(id, MINE)
-        await store.get(["a"], read=True)
+        await store.read("a", "processing")
     assert list(await store.get(["a", "b", "c"])) == ["b", "c"]
     assert store.evicted == 1
     await store.put("b", MINE)

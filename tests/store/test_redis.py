@@ -24,6 +24,7 @@ pytestmark = pytest.mark.anyio
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 MINE = StoredPrediction(tenant="team-a", traceparent=TRACEPARENT)
+FULL = replace(MINE, details='{"model": "acme/painter"}', status="starting")
 
 
 @pytest.fixture
@@ -69,19 +70,24 @@ async def _put_again(store: RedisPredictionStore) -> object:
     return None
 
 
+async def _fill_in(store: RedisPredictionStore) -> object:
+    await store.put("a", FULL)
+    return None
+
+
 async def _get(store: RedisPredictionStore) -> object:
     return await store.get(["a", "b"])
 
 
 async def _read(store: RedisPredictionStore) -> object:
-    return await store.get(["a", "b"], read=True)
+    return await store.read("a", "processing")
 
 
 async def _claim(store: RedisPredictionStore) -> object:
     return await store.claim("a")
 
 
-WRITES = [_put, _put_again, _read, _claim]
+WRITES = [_put, _put_again, _fill_in, _read, _claim]
 
 
 async def test_an_entry_has_an_end_from_its_beginning(redis: Redis, prefix: str) -> None:
@@ -90,7 +96,7 @@ async def test_an_entry_has_an_end_from_its_beginning(redis: Redis, prefix: str)
     assert 0 < await redis.pttl(f"{prefix}a") <= 100_000
     # No use of it moves the end.
     await redis.pexpire(f"{prefix}a", 50_000)
-    for use in (_put_again, _get, _read, _claim, _claim):
+    for use in (_put_again, _fill_in, _get, _read, _claim, _claim):
         await use(store)
     assert [key async for key in redis.scan_iter(f"{prefix}*")] == [f"{prefix}a".encode()]
     assert 0 < await redis.pttl(f"{prefix}a") <= 50_000
@@ -106,7 +112,7 @@ async def test_what_has_ended_is_unknown_and_may_be_put_anew(redis: Redis, prefi
     store = RedisPredictionStore(redis, prefix=prefix)
     await store.put("a", replace(MINE, reads=3))
     await redis.pexpire(f"{prefix}a", 0)
-    assert await store.get(["a"], read=True) == {}
+    assert await store.read("a", "processing") is None
     await store.put("a", MINE)
     assert await store.get(["a"]) == {"a": MINE}
 
@@ -124,7 +130,7 @@ async def test_no_entry_is_made_that_could_not_end(own_redis: Redis, max_age: fl
     store = RedisPredictionStore(own_redis, max_age=max_age)
     for _ in range(2):
         with pytest.raises(ResponseError):
-            await store.put("a", MINE)
+            await store.put("a", FULL)
     assert await own_redis.dbsize() == 0
 
 
@@ -146,10 +152,14 @@ async def test_each_call_is_one_round_trip_whatever_the_server_has_forgotten(red
         Counted.sent = 0
         await store.put("a", MINE)
         assert Counted.sent == 1
-        assert await store.claim("a") == MINE
+        await store.put("a", FULL)
         assert Counted.sent == 2
-        assert list(await store.get([*(f"id{number}" for number in range(500)), "a"], read=True)) == ["a"]
+        assert await store.read("a", "processing") == replace(FULL, reads=1)
         assert Counted.sent == 3
+        assert await store.claim("a") == replace(FULL, status="processing", reads=1)
+        assert Counted.sent == 4
+        assert list(await store.get([*(f"id{number}" for number in range(500)), "a"])) == ["a"]
+        assert Counted.sent == 5
     await pool.aclose()
 
 
@@ -186,12 +196,12 @@ async def test_somebody_elses_key_is_neither_taken_nor_touched(redis: Redis, pre
     await store.put("b", MINE)
     await _nothing_but(redis, f"{prefix}a", content)
     before = await redis.dump(f"{prefix}a")
-    for use in (_put_again, _get, _read, _claim):
+    for use in (_put_again, _fill_in, _get, _read, _claim):
         with pytest.raises(ResponseError, match="WRONGTYPE"):
             await use(store)
     assert await redis.dump(f"{prefix}a") == before
     assert await redis.pttl(f"{prefix}a") == -1
-    assert await store.get(["c", "b"]) == {"b": replace(MINE, reads=1)}
+    assert await store.get(["c", "b"]) == {"b": MINE}
 
 
 @pytest.mark.parametrize("decode_responses", [False, True])
@@ -203,6 +213,9 @@ async def test_somebody_elses_key_is_neither_taken_nor_touched(redis: Redis, pre
         {"tenant": b"\xff"},
         {"tenant": '["team-a"]'},
         {"tenant": '"team-a"', "traceparent": "{}"},
+        {"tenant": '"team-a"', "details": "{}"},
+        {"tenant": '"team-a"', "status": "starting"},
+        {"tenant": '"team-a"', "traceparent": "5", "status": '"starting"', "reads": 1},
         {"tenant": '"team-a"', "reads": "many"},
     ],
 )
@@ -216,6 +229,8 @@ async def test_a_hash_like_ours_with_other_values_is_not_taken_for_an_entry(
         for use in (_get, _claim):
             with pytest.raises(ValueError):  # noqa: PT011 - of json, int or the codec
                 await use(store)
+        with pytest.raises((ValueError, ResponseError)):
+            await _read(store)
         assert await store.get(["c", "b"]) == {"b": MINE}
 
 
@@ -228,11 +243,11 @@ async def test_an_outage_is_raised_and_ends_with_the_server(own_server: RedisSer
             await use(store)
     # What comes back is another server, an empty one, as after a failover.
     own_server.start()
-    assert await store.get(["a", "b"], read=True) == {}
+    assert await store.read("a", "processing") is None
     assert await store.claim("a") is None
     await store.put("a", MINE)
-    assert await store.get(["a"], read=True) == {"a": replace(MINE, reads=1)}
-    assert await store.claim("a") == replace(MINE, reads=1)
+    assert await store.read("a", "processing") == replace(MINE, reads=1)
+    assert await store.claim("a") == replace(MINE, reads=1, status="processing")
 
 
 @pytest.mark.parametrize("use", [*WRITES, _get])
@@ -279,9 +294,12 @@ async def main(url, prefix, ids):
         print("ready", flush=True)
         sys.stdin.readline()
         claimed = [id for id in ids if await store.claim(id)]
-        for _ in range(20):
-            await store.get(ids, read=True)
-        print(json.dumps(claimed))
+        seen = []
+        for number in range(300):
+            status = f"{sys.argv[4]}{number}"
+            known = await store.read("shared", status)
+            seen.append([known.reads, known.status, status])
+        print(json.dumps([claimed, seen]))
 
 asyncio.run(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))
 """
@@ -292,12 +310,12 @@ async def test_two_processes_share_what_there_is_to_claim_and_count(
 ) -> None:
     store = RedisPredictionStore(redis, prefix=prefix)
     ids = [f"id{number}" for number in range(300)]
-    for id in ids:
-        await store.put(id, MINE)
+    for id in (*ids, "shared"):
+        await store.put(id, FULL)
     command = [sys.executable, "-c", ANOTHER_PROCESS, redis_service.url, prefix, json.dumps(ids)]
     processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
-        for _ in range(2)
+        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
+        for name in "ab"
     ]
     try:
         for process in processes:
@@ -307,13 +325,18 @@ async def test_two_processes_share_what_there_is_to_claim_and_count(
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        claimed = [json.loads(process.communicate(timeout=15)[0]) for process in processes]
+        told = [json.loads(process.communicate(timeout=15)[0]) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    assert sorted(claimed[0] + claimed[1]) == sorted(ids)
-    assert await store.get(ids) == dict.fromkeys(ids, replace(MINE, reads=40, reported=True))
+    assert sorted(told[0][0] + told[1][0]) == sorted(ids)
+    assert await store.get(ids) == dict.fromkeys(ids, replace(FULL, reported=True))
+    reads = sorted(told[0][1] + told[1][1])
+    assert [number for number, _, _ in reads] == list(range(1, 601))
+    # Each saw the status that the one before it had brought.
+    assert [before for _, before, _ in reads] == ["starting", *(status for _, _, status in reads[:-1])]
+    assert await store.get(["shared"]) == {"shared": replace(FULL, reads=600, status=reads[-1][2])}
 
 
 async def test_a_cluster_is_as_good() -> None:
@@ -326,8 +349,10 @@ async def test_a_cluster_is_as_good() -> None:
             store = RedisPredictionStore(cluster)
             await store.put("a", MINE)
             await store.put("b", MINE)
-            assert await store.get(["a", "b", "c"], read=True) == dict.fromkeys("ab", replace(MINE, reads=1))
-            assert await store.claim("a") == replace(MINE, reads=1)
+            await store.put("b", FULL)
+            assert await store.get(["a", "b", "c"]) == {"a": MINE, "b": FULL}
+            assert await store.read("a", "processing") == replace(MINE, reads=1)
+            assert await store.claim("a") == replace(MINE, reads=1, status="processing")
             assert await store.claim("a") is None
             assert await store.get([]) == {}
 

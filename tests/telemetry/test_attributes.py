@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -10,10 +10,14 @@ from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.portkey import PortkeyContext
 from replicate_proxy_mw.routing import match
 from replicate_proxy_mw.telemetry import attributes
+from replicate_proxy_mw.telemetry.attributes import Attributes, Origin
+from replicate_proxy_mw.telemetry.prediction import STATUSES, Prediction
+from replicate_proxy_mw.telemetry.prices import Cost
+from replicate_proxy_mw.telemetry.scrub import BARE, Scrubber
 from tests.raw_asgi import TOKEN, http_scope
 
 
-def _attempt(method: str, target: str, upstream: str = "https://api.replicate.com/v1", **more: Any) -> Any:
+def _attempt(method: str, target: str, upstream: str = "https://api.replicate.com/v1", **more: Any) -> Attributes:
     request = ProxyRequest(
         method=method,
         target=target,
@@ -22,10 +26,17 @@ def _attempt(method: str, target: str, upstream: str = "https://api.replicate.co
         body=Chunks([]),
         content_length=0,
         key=ReplicateKey(TOKEN),
+        portkey=PortkeyContext(),
         scope={},
-        **({"portkey": PortkeyContext()} | more),
+        **more,
     )
-    return attributes.of_attempt(request, urlsplit(upstream))
+    return attributes.of_attempt(request, Origin.of(upstream), attributes.gen_ai_operation(request.route))
+
+
+def _said(context: PortkeyContext, scrub: Scrubber = BARE) -> tuple[Attributes, Attributes]:
+    """On all spans, and on the request span alone."""
+    metadata = attributes.metadata(context, scrub)
+    return attributes.of_portkey(context, metadata, scrub), attributes.of_caller(context, metadata)
 
 
 def test_a_scope() -> None:
@@ -93,7 +104,8 @@ def test_what_the_caller_says() -> None:
         provider="@team",
         metadata={"_user": "u1", "a b.c": "ü"},
     )
-    assert attributes.of_portkey(context) == {
+    on_all, on_request = _said(context)
+    assert on_all == {
         "portkey.trace_id": "order-42",
         "portkey.span_id": "s",
         "portkey.parent_span_id": "p",
@@ -101,16 +113,49 @@ def test_what_the_caller_says() -> None:
         "portkey.metadata._user": "u1",
         "portkey.metadata.a_b_c": "ü",
     }
-    assert attributes.of_caller(context) == {
+    assert on_request == {
         "portkey.provider": "@team",
         "portkey.metadata_json": '{"_user":"u1","a b.c":"\\u00fc"}',
     }
-    assert attributes.of_caller(PortkeyContext(metadata_invalid=True)) == {"portkey.metadata_invalid": True}
-    assert attributes.of_portkey(PortkeyContext()) == attributes.of_caller(PortkeyContext()) == {}
+
+
+def test_a_caller_who_says_nothing_or_nothing_that_can_be_read() -> None:
+    assert _said(PortkeyContext()) == ({}, {})
+    assert _said(PortkeyContext(metadata_invalid=True)) == ({}, {"portkey.metadata_invalid": True})
+    assert _said(PortkeyContext(metadata={})) == ({}, {"portkey.metadata_json": "{}"})
+
+
+def test_what_the_caller_says_tells_no_secret_in_any_writing() -> None:
+    secret = "pk-se.cret"
+    scrub = Scrubber([secret])
+    context = PortkeyContext(trace_id=f"a {secret}", span_name=secret, metadata={secret: "x", "k": f"<{secret}>"})
+    on_all, on_request = _said(context, scrub)
+    assert on_all == {
+        "portkey.trace_id": "a REDACTED",
+        "portkey.span_name": "REDACTED",
+        "portkey.metadata.REDACTED": "x",
+        "portkey.metadata.k": "<REDACTED>",
+    }
+    assert on_request == {"portkey.metadata_json": '{"REDACTED":"x","k":"<REDACTED>"}'}
+
+
+def test_long_texts_are_cut() -> None:
+    context = PortkeyContext(provider="x" * 300, metadata={f"k{number}": "x" * 256 for number in range(32)})
+    _, on_request = _said(context)
+    assert on_request["portkey.provider"] == "x" * 256
+    assert len(str(on_request["portkey.metadata_json"])) == 4096
+
+
+def test_texts_are_scrubbed_unless_they_are_words_of_a_list() -> None:
+    scrub = Scrubber(["POST", "acme"])
+    told: Attributes = {"http.request.method": "POST", "url.path": "/v1/acme", "server.port": 80, "x": True}
+    assert attributes.scrubbed(told, scrub) == told | {"url.path": "/v1/REDACTED"}
+    assert told["url.path"] == "/v1/acme"
+    assert attributes.scrubbed(told, Scrubber(["hunter2"])) == told
 
 
 def test_an_attempt_at_a_create() -> None:
-    assert _attempt("POST", "/models/meta/llama/predictions", portkey=PortkeyContext(trace_id="t")) == {
+    assert _attempt("POST", "/models/meta/llama/predictions") == {
         "http.request.method": "POST",
         "url.full": "https://api.replicate.com/v1/models/meta/llama/predictions",
         "url.template": "/v1/models/{model_owner}/{model_name}/predictions",
@@ -119,7 +164,6 @@ def test_an_attempt_at_a_create() -> None:
         "gen_ai.provider.name": "replicate",
         "gen_ai.operation.name": "create_prediction",
         "gen_ai.request.model": "meta/llama",
-        "portkey.trace_id": "t",
     }
 
 
@@ -137,9 +181,131 @@ def test_an_attempt_at_a_read() -> None:
     assert found["http.request.resend_count"] == 2
 
 
-@pytest.mark.parametrize("target", ["/account", "/nope"])
-def test_an_attempt_at_something_else(target: str) -> None:
-    assert not any(name.startswith("gen_ai.") for name in _attempt("GET", target, "http://localhost"))
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [("GET", "/account"), ("GET", "/nope"), ("POST", "/predictions/p1/cancel"), ("POST", "/files"), ("GET", "/models")],
+)
+def test_an_attempt_at_something_else(method: str, target: str) -> None:
+    assert not any(name.startswith("gen_ai.") for name in _attempt(method, target, "http://localhost"))
+
+
+def test_a_training_is_nothing_of_the_convention_s() -> None:
+    assert "gen_ai.operation.name" not in _attempt("POST", "/models/o/m/versions/v1/trainings")
+    assert "gen_ai.operation.name" not in _attempt("GET", "/trainings/t1")
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://api.replicate.com/v1", ("/v1", "api.replicate.com", 443)),
+        ("http://localhost", ("", "localhost", 80)),
+        ("http://[::1]:8000/a/b", ("/a/b", "::1", 8000)),
+    ],
+)
+def test_where_attempts_go(url: str, expected: tuple[str, str, int]) -> None:
+    origin = Origin.of(url)
+    assert (origin.url, origin.path, origin.address, origin.port) == (url, *expected)
+
+
+@pytest.mark.parametrize("id", ["p1", ""])
+def test_a_stream_does_not_tell_its_url(id: str) -> None:
+    told = attributes.of_stream(host="stream.replicate.com", port=443, prediction_id=id)
+    assert told == {
+        "http.request.method": "GET",
+        "server.address": "stream.replicate.com",
+        "server.port": 443,
+        "gen_ai.provider.name": "replicate",
+        "gen_ai.operation.name": "fetch_response",
+        **({"gen_ai.response.id": "p1"} if id else {}),
+    }
+
+
+LITTLE = Prediction(id="p1", status="starting")
+MUCH = Prediction(
+    id="p1",
+    status="succeeded",
+    model="a/b",
+    version="v1",
+    deployment="c/d",
+    created_at=1.0,
+    started_at=3.0,
+    completed_at=9.0,
+    run_time=5.5,
+    input_tokens=0,
+    output_tokens=7,
+    input="a",
+    output="b",
+)
+
+
+def test_what_an_answer_tells() -> None:
+    assert attributes.of_fetched(LITTLE) == {"gen_ai.response.id": "p1", "gen_ai.response.status": "queued"}
+    assert attributes.of_fetched(MUCH) == {
+        "gen_ai.response.id": "p1",
+        "gen_ai.response.status": "completed",
+        "gen_ai.response.model": "a/b",
+    }
+    assert attributes.of_fetched(replace(MUCH, kind="training")) == {}
+
+
+def test_every_status_has_its_word() -> None:
+    words = {
+        status: attributes.of_fetched(replace(LITTLE, status=status))["gen_ai.response.status"] for status in STATUSES
+    }
+    assert words == {
+        "starting": "queued",
+        "processing": "in_progress",
+        "succeeded": "completed",
+        "failed": "failed",
+        "canceled": "cancelled",
+        "aborted": "cancelled",
+    }
+
+
+def test_which_prediction_it_is_about() -> None:
+    assert attributes.of_prediction(LITTLE) == {
+        "replicate.prediction.id": "p1",
+        "replicate.prediction.status": "starting",
+    }
+    of_training = attributes.of_prediction(replace(MUCH, kind="training"))
+    assert of_training == {
+        "replicate.training.id": "p1",
+        "replicate.prediction.status": "succeeded",
+        "replicate.model.name": "a/b",
+        "replicate.model.version": "v1",
+        "replicate.deployment": "c/d",
+    }
+
+
+def test_a_run() -> None:
+    found = attributes.of_run(MUCH, Cost(amount=0.5, currency="EUR", basis="per_run"))
+    assert found == attributes.of_prediction(MUCH) | attributes.of_fetched(MUCH) | {
+        "gen_ai.provider.name": "replicate",
+        "gen_ai.operation.name": "generate_content",
+        "gen_ai.request.model": "a/b",
+        "gen_ai.usage.input_tokens": 0,
+        "gen_ai.usage.output_tokens": 7,
+        "replicate.prediction.queue_time": 2.0,
+        "replicate.prediction.run_time": 5.5,
+        "replicate.prediction.total_time": 8.0,
+        "replicate.prediction.cost": 0.5,
+        "replicate.prediction.cost.currency": "EUR",
+        "replicate.prediction.cost.basis": "per_run",
+    }
+
+
+def test_a_run_of_which_little_is_known() -> None:
+    found = attributes.of_run(LITTLE, None)
+    assert found == attributes.of_prediction(LITTLE) | attributes.of_fetched(LITTLE) | {
+        "gen_ai.provider.name": "replicate",
+        "gen_ai.operation.name": "generate_content",
+    }
+
+
+def test_the_run_of_a_training_is_nothing_of_the_convention_s() -> None:
+    found = attributes.of_run(replace(MUCH, kind="training", input_tokens=None, output_tokens=None), None)
+    assert not [name for name in found if name.startswith("gen_ai.")]
+    assert found["replicate.prediction.run_time"] == 5.5
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import httpx
 
+HELLO_WORLD = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -50,10 +52,19 @@ def test_it_runs_on_a_fake_and_shows_each_request_as_a_tree() -> None:
         assert status(port).json() == {"service": "illustration desk", "pictures": 0}
         hardware = httpx.get(f"http://127.0.0.1:{port}/v1/hardware", headers={"x-portkey-api-key": "pk-team-b"})
         assert hardware.status_code == 200
+        created = httpx.post(
+            f"http://127.0.0.1:{port}/v1/predictions",
+            headers={"x-portkey-api-key": "pk-team-b", "prefer": "wait"},
+            json={"version": HELLO_WORLD, "input": {"text": "Alice"}},
+        )
+        assert created.json()["status"] == "succeeded"
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "outcome=forwarded  tenant=team-b  operation=hardware.list" in shown
+    assert "generate_content replicate/hello-world" in shown
+    assert "prediction.queue_time=0.2  prediction.run_time=0.6" in shown
+    assert "prediction.cost=0.00006  prediction.cost.currency=USD" in shown
     assert "Traceback" not in shown
 
 

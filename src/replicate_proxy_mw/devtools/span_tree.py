@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Protocol
 
 from opentelemetry.context import Context
@@ -22,7 +23,20 @@ MAX_TEXT = 160
 # What the line above already says (method, route, status code), and what tells one machine from another.
 _UNTOLD = ("http.", "url.", "network.", "net.", "server.", "client.", "user_agent.", "portkey.metadata_json")
 _TOLD = frozenset(("http.request.resend_count", "url.full"))
-_ORDER = ("error.type", "replicate_proxy.outcome", "replicate_proxy.", "replicate.", "", "portkey.")
+# Groups in the order in which they are told; the longest prefix counts.
+_ORDER = (
+    "error.type",
+    "replicate_proxy.outcome",
+    "replicate_proxy.",
+    "replicate.operation",
+    "replicate.prediction.id",
+    "replicate.prediction.status",
+    "replicate.prediction.",
+    "replicate.",
+    "replicate_proxy.lifecycle.",
+    "",
+    "portkey.",
+)
 
 Paint = Callable[[str, str], str]
 
@@ -44,13 +58,15 @@ class SpanTreePrinter(SpanProcessor):
         provider.add_span_processor(SpanTreePrinter())
         trace.set_tracer_provider(provider)
 
-    It shows the spans of every instrumentation. A span that starts when its tree is already written gets a tree of its
-    own, under the same trace id. It may be used from any thread, and an error in it never reaches the app.
+    It shows the spans of every instrumentation. For a span that starts when its tree is already written, as the run of
+    a prediction does, the tree is written once more, with it. It may be used from any thread, and an error in it never
+    reaches the app.
 
     Args:
         stream: where to write; `sys.stderr` by default.
         colour: by default where `stream` is a terminal and neither `NO_COLOR` nor `TERM=dumb` is set.
-        max_spans: so many are held at most, in trees that have not ended; the oldest tree is dropped for a new one.
+        max_spans: so many are held at most in trees that have not ended, and in those that were written; the oldest
+            tree is dropped for a new one.
     """
 
     def __init__(
@@ -61,6 +77,7 @@ class SpanTreePrinter(SpanProcessor):
         self._colour = self._terminal and _colour_wanted() if colour is None else colour
         self._max_spans = max_spans
         self._trees: dict[tuple[int, int], _Tree] = {}
+        self._written: dict[tuple[int, int], _Tree] = {}
         # Re-entrant: a finaliser that the garbage collector runs in here may end a span.
         self._lock = threading.RLock()
         self._writing = threading.RLock()
@@ -69,15 +86,17 @@ class SpanTreePrinter(SpanProcessor):
         with suppress(Exception), self._lock:
             parent = span.parent
             tree = None
-            if parent is not None and not parent.is_remote:
-                tree = self._trees.get((parent.trace_id, parent.span_id))
+            if parent is not None:
+                key = parent.trace_id, parent.span_id
+                if not parent.is_remote:
+                    tree = self._trees.get(key)
+                if tree is None and (written := self._written.get(key)) is not None:
+                    tree = _Tree([*written.spans])
             if tree is None:
                 tree = _Tree()
             tree.spans.append(span)
             tree.open += 1
-            self._trees[_key(span)] = tree
-            while len(self._trees) > self._max_spans:
-                self._forget(next(iter(self._trees.values())))
+            self._hold(self._trees, [span], tree)
 
     def on_end(self, span: ReadableSpan) -> None:
         with suppress(Exception):
@@ -89,12 +108,18 @@ class SpanTreePrinter(SpanProcessor):
                 # Not when the root ends: a server's span may end with the last byte, before those below it.
                 if tree.open:
                     return
-                self._forget(tree)
+                for ended in tree.spans:
+                    self._trees.pop(_key(ended), None)
+                self._hold(self._written, tree.spans, tree)
             self._write(tree.spans)
 
-    def _forget(self, tree: _Tree) -> None:
-        for span in tree.spans:
-            self._trees.pop(_key(span), None)
+    def _hold(self, trees: dict[tuple[int, int], _Tree], spans: Sequence[ReadableSpan], tree: _Tree) -> None:
+        for span in spans:
+            trees.pop(_key(span), None)  # to the end of the order
+            trees[_key(span)] = tree
+        while len(trees) > self._max_spans:
+            for span in next(iter(trees.values())).spans:
+                trees.pop(_key(span), None)
 
     def _write(self, spans: Sequence[ReadableSpan]) -> None:
         width = shutil.get_terminal_size((DEFAULT_WIDTH, 0)).columns if self._terminal else DEFAULT_WIDTH
@@ -241,11 +266,14 @@ def _is_told(name: str, attributes: Mapping[str, Any]) -> bool:
 
 
 def _rank(name: str) -> int:
-    return next((rank for rank, prefix in enumerate(_ORDER) if prefix and name.startswith(prefix)), _ORDER.index(""))
+    return _ORDER.index(max((prefix for prefix in _ORDER if name.startswith(prefix)), key=len))
 
 
 def _pair(name: str, value: Any) -> tuple[str, str]:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, float):
+        text = format(Decimal(repr(value)), "f")  # small amounts of money without an exponent
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = _visible(text)
     label = _visible(name.removeprefix("replicate_proxy.").removeprefix("replicate."))
     return f"{label}=", f'"{text}"' if isinstance(value, str) and (" " in text or not text) else text

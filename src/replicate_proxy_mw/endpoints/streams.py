@@ -17,7 +17,7 @@ from ..errors import MethodNotAllowed, ProxyError, UpstreamFailed
 from ..exchange import ProxyResponse
 from ..headers import HeaderList
 from ..upstream import Answer, classify
-from .stream_urls import StreamUrls
+from .stream_urls import Stream, StreamUrls
 
 # The URL needs no credentials, so any page can lead a browser there: nothing it shows may run in the host's origin.
 # nginx collects an answer unless it is told otherwise (nginx.org, ngx_http_proxy_module, proxy_buffering).
@@ -63,31 +63,40 @@ class StreamEndpoint:
             del key  # an error's traceback shows locals
         self._send, self._timeout = send, dict(timeout)
 
-    def path_for(self, url: str) -> str | None:
-        """The path below the proxy's prefix for a stream URL of Replicate; None for any other URL."""
-        return self._urls.path_for(url)
+    def path_for(self, url: str, id: str | None) -> str | None:
+        """The path below the proxy's prefix for a stream URL of Replicate; None for any other URL. `id` is that of the
+        prediction, and told by `find`."""
+        return self._urls.path_for(url, id)
 
-    async def open(self, *, path: str, method: str, headers: HeaderList) -> ProxyResponse:
-        """Answer for `path`, as it came below the prefix; `headers` are those of the caller that may go up.
+    def find(self, *, path: str, method: str) -> Stream:
+        """What `path`, as it came below the prefix, leads to. Nothing is sent.
 
         HEAD is a GET whose body nobody reads: the stream hosts are not known to have it.
 
         Raises:
-            MethodNotAllowed, StreamUnknown, StreamExpired: nothing was sent.
-            UpstreamUnreachable, Overloaded, UpstreamTimeout, UpstreamFailed: as of `Upstream.forward`; the last for a
-                redirect too. The body may raise `UpstreamAborted`.
+            MethodNotAllowed, StreamUnknown, StreamExpired
         """
-        found: httpx.URL | ProxyError | ProxyResponse
+        found: Stream | ProxyError
         if method in ("GET", "HEAD"):
             found = self._urls.url_of(path)
         else:
             found = MethodNotAllowed("Streams are read by GET.", headers=((b"allow", b"GET, HEAD"),))
         del path
-        if isinstance(found, httpx.URL):
-            found = await self._fetch(found, headers)
         if isinstance(found, ProxyError):
             raise found from None
         return found
+
+    async def fetch(self, stream: Stream, headers: HeaderList) -> ProxyResponse:
+        """Ask for `stream`; `headers` are those of the caller that may go up.
+
+        Raises:
+            UpstreamUnreachable, Overloaded, UpstreamTimeout, UpstreamFailed: as of `Upstream.forward`; the last for a
+                redirect too. The body may raise `UpstreamAborted`.
+        """
+        answer = await self._fetch(stream.url, headers)
+        if isinstance(answer, ProxyError):
+            raise answer from None
+        return answer
 
     async def _fetch(self, url: httpx.URL, caller: HeaderList) -> ProxyResponse | ProxyError:
         """Errors are returned here too."""

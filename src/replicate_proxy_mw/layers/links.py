@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import routing
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
-from ..json_bodies import asking_for_plain, for_one_caller, held, is_readable, members, plain_of, with_body
+from ..json_bodies import asking_for_plain, for_one_caller, held, id_of, is_readable, members, plain_of, with_body
 
 PUBLIC_BASE = "https://api.replicate.com/v1"
 
@@ -33,7 +33,11 @@ Edit = Callable[[str], str | None]
 
 
 def rewrite_links(
-    *, upstream: str, prefix: str, public_url: str | None = None, stream_path: Edit | None = None
+    *,
+    upstream: str,
+    prefix: str,
+    public_url: str | None = None,
+    stream_path: Callable[[str, str | None], str | None] | None = None,
 ) -> Layer:
     """Rewrite `next` and `previous` of lists, `urls.get` and `urls.cancel` of a prediction or training, and `Location`.
 
@@ -42,7 +46,7 @@ def rewrite_links(
         prefix: what the proxy takes in the host, percent-encoded; may be empty.
         public_url: the URL of the prefix for callers, without `/` at its end. By default as each caller has reached it,
             by scheme, Host and path; the answer is then for that caller only (`cache-control: private, no-store`).
-        stream_path: from `urls.stream` of a prediction to a path below the prefix, None to leave the link.
+        stream_path: from `urls.stream` of a prediction and its id to a path below the prefix, None to leave the link.
     """
     bases = sorted((PUBLIC_BASE, upstream), key=len, reverse=True)
 
@@ -55,11 +59,12 @@ def rewrite_links(
             def link(old: str) -> str | None:
                 return next((url + old[len(base) :] for base in bases if _begins(old, base)), None)
 
-            def stream(old: str) -> str | None:
-                path = stream_path(old) if stream_path else None
+            def stream(old: str, text: str) -> str | None:
+                id = id_of(text.encode()) or request.route.params.get("prediction_id")
+                path = stream_path(old, id) if stream_path else None
                 return None if path is None else url + path
 
-            rewrite = _rewrite(request, link, stream)
+            rewrite = _rewrite(request, link, stream if stream_path else None)
             response = await forward(request if rewrite is None else asking_for_plain(request))
             located, changed = _located(response, link)
             if rewrite is not None and is_readable(located):
@@ -119,7 +124,9 @@ def _begins(link: str, base: str) -> bool:
     return link.startswith(base) and link[len(base) : len(base) + 1] in ("", "/", "?")
 
 
-def _rewrite(request: ProxyRequest, link: Edit, stream: Edit) -> Callable[[str], str] | None:
+def _rewrite(
+    request: ProxyRequest, link: Edit, stream: Callable[[str, str], str | None] | None
+) -> Callable[[str], str] | None:
     """What is done to the answer's text, None if that is not looked at."""
     operation = request.route.details
     if operation is None or request.method == "HEAD":
@@ -128,9 +135,9 @@ def _rewrite(request: ProxyRequest, link: Edit, stream: Edit) -> Callable[[str],
         return partial(rewritten, edits={"next": link, "previous": link})
     edits = {"get": link, "cancel": link}
     match operation.creates or operation.reads:
-        case "prediction":
-            return partial(rewritten, edits={**edits, "stream": stream}, within="urls")
-        case "training":
+        case "prediction" if stream:
+            return lambda text: rewritten(text, edits={**edits, "stream": lambda old: stream(old, text)}, within="urls")
+        case "prediction" | "training":
             return partial(rewritten, edits=edits, within="urls")
     return None
 

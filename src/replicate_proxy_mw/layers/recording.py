@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from functools import partial
 
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
-from ..json_bodies import asking_for_plain, held, members, plain_of
+from ..json_bodies import asking_for_plain, held, id_of, plain_of
 from ..store import Ledger, StoredPrediction
 from ..telemetry.names import STORE_FAILED
-
-_FIRST = re.compile(rb'\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]+)"\s*[,}]')
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -30,7 +27,7 @@ def record_creations(ledger: Ledger) -> Layer:
             id = None
             if not response.is_event_stream:
                 response, body, whole = await held(response)
-                id = _id(plain_of(response, body) if whole else body)
+                id = id_of(plain_of(response, body) if whole else body)
             if id is None:
                 logger.error(
                     "own_predictions: the answer to %s has no id; nobody will reach what it made", operation.id
@@ -46,16 +43,3 @@ def record_creations(ledger: Ledger) -> Layer:
         return recorded
 
     return layer
-
-
-def _id(body: bytes | None) -> str | None:
-    """It stands at the top of the object, so that a piece of it may do."""
-    if first := _FIRST.match(body or b""):
-        return first[1].decode()
-    try:
-        for name, value, _, _ in members((body or b"").decode("utf-8", "replace")):
-            if name == "id":
-                return value if isinstance(value, str) else None
-    except (ValueError, RecursionError):
-        pass
-    return None

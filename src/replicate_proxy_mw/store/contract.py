@@ -14,12 +14,16 @@ class StoredPrediction:
     Attributes:
         tenant: whose it is.
         traceparent: the request span that created it (W3C Trace Context, section 3.2), None where there was none.
+        details: what telemetry keeps for the end: JSON of at most 2 KiB, which is not the store's to read.
+        status: the last one seen.
         reads: how often it was asked for since.
         reported: its end has been reported, so that nobody else does.
     """
 
     tenant: str | None
     traceparent: str | None = None
+    details: str | None = None
+    status: str | None = None
     reads: int = 0
     reported: bool = False
 
@@ -32,12 +36,18 @@ class PredictionStore(Protocol):
     """
 
     async def put(self, id: str, prediction: StoredPrediction, /) -> None:
-        """Remember a creation. What is known of an id already stays as it is: the same may be put twice."""
+        """Remember a creation. The same may be put twice, and in parts: of an id that is known, `traceparent`,
+        `details` and `status` are filled in where they are None; all else stays as it is, its time to live too."""
         ...
 
-    async def get(self, ids: Collection[str], /, *, read: bool = False) -> Mapping[str, StoredPrediction]:
-        """What is known of `ids`; those that are not known are absent. With `read`, each counts one more read,
-        however often it is listed, and what is returned has it counted."""
+    async def get(self, ids: Collection[str], /) -> Mapping[str, StoredPrediction]:
+        """What is known of `ids`; those that are not known are absent."""
+        ...
+
+    async def read(self, id: str, status: str, /) -> StoredPrediction | None:
+        """Count one more read, which showed `status`, and remember that. What is returned has the read counted and the
+        status that was known before; None if nothing is known, and then nothing is remembered. Of reads at the same
+        time, in any process, each sees the one before it."""
         ...
 
     async def claim(self, id: str, /) -> StoredPrediction | None:

@@ -38,12 +38,15 @@ class Ledger:
     Args:
         store: who created what.
         timeout: seconds for each call of the store; then it counts as out of order.
+
+    Attributes:
+        in_memory: the store is that of this process.
     """
 
     def __init__(self, store: PredictionStore, *, timeout: float) -> None:
         self._store = store
         # Memory neither waits nor fails, so that there is nothing to bound and to probe.
-        self._at_once = type(store) is MemoryPredictionStore
+        self.in_memory = type(store) is MemoryPredictionStore
         self._timeout = timeout
         # As a rule, no more than there are creates under way when a store fails, since then none go up.
         self._unwritten: dict[str, StoredPrediction] = {}
@@ -59,7 +62,7 @@ class Ledger:
         unwritten = {id for id in ids if id in self._unwritten and self._unwritten[id].tenant == tenant}
         if len(unwritten) == len(ids):
             return unwritten
-        known = await self._ask(lambda: self._store.get(ids))
+        known = await self.call(lambda store: store.get(ids))
         return {id for id in ids if id in unwritten or (id in known and known[id].tenant == tenant)}
 
     async def writable(self) -> None:
@@ -68,14 +71,14 @@ class Ledger:
         Raises:
             StoreFailed: it could not.
         """
-        if self._at_once:
+        if self.in_memory:
             return
         await self._catch_up()
-        await self._ask(lambda: self._store.put(PROBE, StoredPrediction(tenant=None)))
+        await self.call(lambda store: store.put(PROBE, StoredPrediction(tenant=None)))
 
     async def write(self, id: str, prediction: StoredPrediction) -> bool:
         """Whether it is written; if not, it will be. Even if the caller leaves: the prediction is paid."""
-        if self._at_once:
+        if self.in_memory:
             await self._store.put(id, prediction)
             return True
         self._unwritten[id] = prediction
@@ -102,17 +105,23 @@ class Ledger:
 
     async def _put(self, id: str, prediction: StoredPrediction) -> bool:
         try:
-            await self._ask(lambda: self._store.put(id, prediction), paid=True)
+            await self.call(lambda store: store.put(id, prediction), paid=True)
         except StoreFailed:
             return False
         self._unwritten.pop(id, None)
         return True
 
-    async def _ask(self, call: Callable[[], Awaitable[T]], *, paid: bool = False) -> T:
-        if self._at_once:
-            return await call()
+    async def call(self, f: Callable[[PredictionStore], Awaitable[T]], *, paid: bool = False) -> T:
+        """What `f` returns of the store. If it is `paid`, the caller may leave, and has less time to wait.
+
+        Raises:
+            StoreFailed: it failed or took too long.
+        """
+        if self.in_memory:
+            return await f(self._store)
+        seconds = min(self._timeout, PAID_TIMEOUT) if paid else self._timeout
         try:
-            return await ask(call, seconds=min(self._timeout, PAID_TIMEOUT) if paid else self._timeout, shield=paid)
+            return await ask(lambda: f(self._store), seconds=seconds, shield=paid)
         except HostFailed as error:
             failure = error.name
         except ProxyError as error:

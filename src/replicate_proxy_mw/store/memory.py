@@ -14,7 +14,8 @@ class MemoryPredictionStore:
     """Remembers predictions in this process, until it ends.
 
     Args:
-        max_entries: the oldest is forgotten for one more. 100,000 take about 42 MB.
+        max_entries: the oldest is forgotten for one more. 100,000 take about 43 MB, and 79 MB with details of 250
+            characters.
         max_age: seconds until an entry is forgotten. A week: trainings take days, and Replicate keeps no input and
             output of predictions for more than an hour.
         now: seconds that only grow.
@@ -45,23 +46,26 @@ class MemoryPredictionStore:
     async def put(self, id: str, prediction: StoredPrediction, /) -> None:
         self._forget()
         if id in self._entries:
+            until, known = self._entries[id]
+            self._entries[id] = until, _filled_in(known, prediction)
             return
         if len(self._entries) >= self._max_entries:
             self._entries.popitem(last=False)
             self.evicted += 1
         self._entries[id] = self._now() + self._max_age, prediction
 
-    async def get(self, ids: Collection[str], /, *, read: bool = False) -> Mapping[str, StoredPrediction]:
+    async def get(self, ids: Collection[str], /) -> Mapping[str, StoredPrediction]:
         self._forget()
-        found = {}
-        for id in dict.fromkeys(ids):
-            if id in self._entries:
-                until, prediction = self._entries[id]
-                if read:
-                    prediction = replace(prediction, reads=prediction.reads + 1)
-                    self._entries[id] = until, prediction
-                found[id] = prediction
-        return found
+        return {id: self._entries[id][1] for id in ids if id in self._entries}
+
+    async def read(self, id: str, status: str, /) -> StoredPrediction | None:
+        self._forget()
+        if id not in self._entries:
+            return None
+        until, known = self._entries[id]
+        read = replace(known, reads=known.reads + 1)
+        self._entries[id] = until, replace(read, status=status)
+        return read
 
     async def claim(self, id: str, /) -> StoredPrediction | None:
         self._forget()
@@ -76,3 +80,12 @@ class MemoryPredictionStore:
         now = self._now()
         while self._entries and next(iter(self._entries.values()))[0] <= now:
             self._entries.popitem(last=False)
+
+
+def _filled_in(known: StoredPrediction, more: StoredPrediction) -> StoredPrediction:
+    return replace(
+        known,
+        traceparent=more.traceparent if known.traceparent is None else known.traceparent,
+        details=more.details if known.details is None else known.details,
+        status=more.status if known.status is None else known.status,
+    )

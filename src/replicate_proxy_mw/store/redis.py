@@ -13,7 +13,7 @@ from .contract import StoredPrediction
 
 # Each script takes one key, so that a cluster can run it. A key that holds something else is left alone.
 _KNOWN = """
-local known = redis.call('HMGET', KEYS[1], 'tenant', 'traceparent', 'reads', 'reported')
+local known = redis.call('HMGET', KEYS[1], 'tenant', 'traceparent', 'details', 'status', 'reads', 'reported')
 if not known[1] and redis.call('EXISTS', KEYS[1]) == 1 then
   return redis.error_reply('WRONGTYPE the key holds no prediction')
 end
@@ -21,18 +21,29 @@ end
 
 # HSETNX is sent in any case, and first: a server that takes no writes has to say so. What cannot expire does not stay.
 _PUT = f"""{_KNOWN}
-if redis.call('HSETNX', KEYS[1], 'tenant', ARGV[2]) == 0 then return end
-local ends = redis.pcall('PEXPIRE', KEYS[1], ARGV[1])
-if type(ends) == 'table' then
-  redis.call('HDEL', KEYS[1], 'tenant')
-  return ends
+local is_new = redis.call('HSETNX', KEYS[1], 'tenant', ARGV[2]) == 1
+if is_new then
+  local ends = redis.pcall('PEXPIRE', KEYS[1], ARGV[1])
+  if type(ends) == 'table' then
+    redis.call('HDEL', KEYS[1], 'tenant')
+    return ends
+  end
 end
-if #ARGV > 2 then redis.call('HSET', KEYS[1], unpack(ARGV, 3)) end
+local names = {{'traceparent', 'details', 'status', 'reads', 'reported'}}
+for i = 1, is_new and 5 or 3 do
+  if ARGV[i + 2] ~= '' then redis.call('HSETNX', KEYS[1], names[i], ARGV[i + 2]) end
+end
 """
 
 _GET = f"""{_KNOWN}
 if not known[1] then return false end
-if ARGV[1] == '1' then known[3] = redis.call('HINCRBY', KEYS[1], 'reads', 1) end
+return known
+"""
+
+_READ = f"""{_KNOWN}
+if not known[1] then return false end
+known[5] = redis.call('HINCRBY', KEYS[1], 'reads', 1)
+redis.call('HSET', KEYS[1], 'status', ARGV[1])
 return known
 """
 
@@ -55,11 +66,12 @@ class RedisPredictionStore:
             (`maxmemory-policy noeviction`), or own predictions become unknown.
         prefix: of all keys. Hosts of different Replicate accounts may share one: ids are Replicate's.
         max_age: seconds until an entry is forgotten. 30 days: trainings can be read for good, and a million entries
-            take about 260 MB.
+            take about 270 MB; with details of 250 characters 970 MB, or 600 MB where Redis is set to keep them compact
+            (`hash-max-listpack-value 512`).
 
     Raises:
-        ValueError: `max_age` is no time that Redis can keep; from `get` and `claim`, a key of the store holds a hash
-            like ours, of other values.
+        ValueError: `max_age` is no time that Redis can keep; from `get`, `read` and `claim`, a key of the store holds a
+            hash like ours, of other values.
         redis.exceptions.RedisError: from every method, if Redis cannot be reached or refuses, or a key of the store
             holds something else.
     """
@@ -73,22 +85,23 @@ class RedisPredictionStore:
 
     async def put(self, id: str, prediction: StoredPrediction, /) -> None:
         # As JSON, None differs from "", and every text is ASCII whatever encoding the client has.
+        texts = prediction.traceparent, prediction.details, prediction.status
         fields: list[Any] = [json.dumps(prediction.tenant)]
-        if prediction.traceparent is not None:
-            fields += ["traceparent", json.dumps(prediction.traceparent)]
-        if prediction.reads:
-            fields += ["reads", prediction.reads]
-        if prediction.reported:
-            fields += ["reported", 1]
+        fields += ["" if text is None else json.dumps(text) for text in texts]
+        fields += [prediction.reads or "", 1 if prediction.reported else ""]
         await self._redis.execute_command("EVAL", _PUT, 1, self._key(id), self._milliseconds, *fields)
 
-    async def get(self, ids: Collection[str], /, *, read: bool = False) -> Mapping[str, StoredPrediction]:
+    async def get(self, ids: Collection[str], /) -> Mapping[str, StoredPrediction]:
         once = list(dict.fromkeys(ids))
         async with self._redis.pipeline(transaction=False) as pipeline:
             for id in once:
-                pipeline.execute_command("EVAL", _GET, 1, self._key(id), int(read))
+                pipeline.execute_command("EVAL", _GET, 1, self._key(id))
             answers = await pipeline.execute()
         return {id: _prediction(known) for id, known in zip(once, answers, strict=True) if known is not None}
+
+    async def read(self, id: str, status: str, /) -> StoredPrediction | None:
+        known = await self._redis.execute_command("EVAL", _READ, 1, self._key(id), json.dumps(status))
+        return None if known is None else _prediction(known)
 
     async def claim(self, id: str, /) -> StoredPrediction | None:
         known = await self._redis.execute_command("EVAL", _CLAIM, 1, self._key(id))
@@ -99,9 +112,15 @@ class RedisPredictionStore:
 
 
 def _prediction(known: list[Any]) -> StoredPrediction:
-    tenant, traceparent = (None if text is None else json.loads(text) for text in known[:2])
-    if not isinstance(tenant, str | None) or not isinstance(traceparent, str | None):
+    texts = [None if text is None else json.loads(text) for text in known[:4]]
+    if not all(isinstance(text, str | None) for text in texts):
         raise ValueError("a key of the store holds no prediction")
+    tenant, traceparent, details, status = texts
     return StoredPrediction(
-        tenant=tenant, traceparent=traceparent, reads=int(known[2] or 0), reported=known[3] is not None
+        tenant=tenant,
+        traceparent=traceparent,
+        details=details,
+        status=status,
+        reads=int(known[4] or 0),
+        reported=known[5] is not None,
     )

@@ -1,5 +1,21 @@
-"""What happened, as OpenTelemetry spans. It observes from outside: nothing waits for it, nothing breaks without it."""
+"""What happened, as OpenTelemetry spans and metrics. It observes from outside: nothing waits for it, nothing breaks
+without it."""
 
-from .spans import RequestSpan, Telemetry
+from .content import Redact
+from .prices import PriceRequest, Prices, Rates
+from .request import RequestSpan
+from .sample_prices import SAMPLE_PRICES, SAMPLE_PRICES_DATE
+from .setup import configure_telemetry
+from .spans import Telemetry
 
-__all__ = ["RequestSpan", "Telemetry"]
+__all__ = [
+    "SAMPLE_PRICES",
+    "SAMPLE_PRICES_DATE",
+    "PriceRequest",
+    "Prices",
+    "Rates",
+    "Redact",
+    "RequestSpan",
+    "Telemetry",
+    "configure_telemetry",
+]

@@ -1,25 +1,66 @@
-"""What spans say, from what is known without looking into a body."""
+"""What spans say, in the words of the registry."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult
+from urllib.parse import urlsplit
 
 from ..exchange import ProxyRequest
 from ..portkey import MAX_TEXT, PortkeyContext
 from ..routing import Route
 from . import names
+from .names import FIXED
+from .prediction import Prediction
+from .prices import Cost
+from .scrub import Scrubber
 
-Attributes = dict[str, str | int | bool]
+Attributes = dict[str, str | int | float | bool]
+
+# Replicate's words for the state of a prediction, in those of the convention.
+_STATUSES = {
+    "starting": "queued",
+    "processing": "in_progress",
+    "succeeded": "completed",
+    "failed": "failed",
+    "canceled": "cancelled",
+    "aborted": "cancelled",
+}
 
 METHODS = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"))
 
 # Query parameters of Replicate's API that hold no secret and no content; values of others are redacted.
 _PLAIN_QUERY = frozenset(("created_after", "created_before", "cursor", "limit", "sort_by", "sort_direction", "source"))
 _METADATA_KEY = re.compile(r"[^A-Za-z0-9_-]")
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
+def scrubbed(attributes: Attributes, scrub: Scrubber) -> Attributes:
+    """`attributes` as they may go out: nothing is put on a span but what has passed here, or as label of a caller."""
+    texts = [value for name, value in attributes.items() if type(value) is str and name not in FIXED]
+    if scrub.is_clean(texts):
+        return attributes
+    return {
+        name: scrub(value) if type(value) is str and name not in FIXED else value for name, value in attributes.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where attempts go: what each of their spans says of it."""
+
+    url: str
+    path: str
+    address: str
+    port: int
+
+    @classmethod
+    def of(cls, url: str) -> Origin:
+        parts = urlsplit(url)
+        return cls(url, parts.path, parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme])
 
 
 def method(value: str) -> str:
@@ -58,17 +99,25 @@ def of_route(route: Route) -> Attributes:
     if route.operation:
         attributes[names.REPLICATE_OPERATION] = route.operation
     if "prediction_id" in params:
-        attributes[names.REPLICATE_PREDICTION_ID] = params["prediction_id"]
+        attributes[names.PREDICTION_ID] = params["prediction_id"]
     if "training_id" in params:
-        attributes[names.REPLICATE_TRAINING_ID] = params["training_id"]
+        attributes[names.TRAINING_ID] = params["training_id"]
     if "version_id" in params:
-        attributes[names.REPLICATE_MODEL_VERSION] = params["version_id"]
+        attributes[names.MODEL_VERSION] = params["version_id"]
     if "deployment_name" in params:
-        attributes[names.REPLICATE_DEPLOYMENT] = f"{params['deployment_owner']}/{params['deployment_name']}"
+        attributes[names.DEPLOYMENT] = f"{params['deployment_owner']}/{params['deployment_name']}"
     return attributes
 
 
-def of_portkey(portkey: PortkeyContext) -> Attributes:
+def metadata(portkey: PortkeyContext, scrub: Scrubber) -> Mapping[str, str] | None:
+    """The caller's metadata, scrubbed before its keys and values are written in other ways."""
+    known = portkey.metadata
+    if known is None or (scrub.is_clean(known) and scrub.is_clean(known.values())):
+        return known
+    return {scrub(key): scrub(value) for key, value in known.items()}
+
+
+def of_portkey(portkey: PortkeyContext, metadata: Mapping[str, str] | None, scrub: Scrubber) -> Attributes:
     """What the caller says of itself; on every span of ours, so that each can be found by it."""
     attributes: Attributes = {}
     for name, value in (
@@ -78,49 +127,121 @@ def of_portkey(portkey: PortkeyContext) -> Attributes:
         (names.PORTKEY_SPAN_NAME, portkey.span_name),
     ):
         if value:
-            attributes[name] = value
-    for key, value in (portkey.metadata or {}).items():
+            attributes[name] = scrub(value)
+    for key, value in (metadata or {}).items():
         attributes[names.PORTKEY_METADATA + _METADATA_KEY.sub("_", key)] = value
     return attributes
 
 
-def of_caller(portkey: PortkeyContext) -> Attributes:
+def of_caller(portkey: PortkeyContext, metadata: Mapping[str, str] | None) -> Attributes:
     """What else the caller says; on the request span alone."""
     attributes: Attributes = {}
     if portkey.provider:
         attributes[names.PORTKEY_PROVIDER] = portkey.provider[:MAX_TEXT]
-    if portkey.metadata is not None:
-        text = json.dumps(portkey.metadata, sort_keys=True, separators=(",", ":"))
-        attributes[names.PORTKEY_METADATA_JSON] = text[:4096]
+    if metadata is not None:
+        attributes[names.PORTKEY_METADATA_JSON] = _json(metadata)[:4096]
     if portkey.metadata_invalid:
         attributes[names.PORTKEY_METADATA_INVALID] = True
     return attributes
 
 
-def of_attempt(request: ProxyRequest, upstream: SplitResult) -> Attributes:
+def of_attempt(request: ProxyRequest, origin: Origin, gen_ai: str | None) -> Attributes:
     """What is known of an attempt when it starts."""
     attributes: Attributes = {
         names.HTTP_REQUEST_METHOD: method(request.method),
-        names.URL_FULL: upstream.geturl() + redacted(request.target),
-        names.URL_TEMPLATE: upstream.path + request.route.template,
-        names.SERVER_ADDRESS: upstream.hostname or "",
-        names.SERVER_PORT: upstream.port or {"http": 80, "https": 443}[upstream.scheme],
-        **of_portkey(request.portkey),
+        names.URL_FULL: origin.url + redacted(request.target),
+        names.URL_TEMPLATE: origin.path + request.route.template,
+        names.SERVER_ADDRESS: origin.address,
+        names.SERVER_PORT: origin.port,
     }
     if request.resend_count:
         attributes[names.HTTP_REQUEST_RESEND_COUNT] = request.resend_count
-    operation, params = request.route.details, request.route.params
-    if operation is None:
-        return attributes
-    if operation.creates == "prediction":
+    if gen_ai is not None:
         attributes[names.GEN_AI_PROVIDER_NAME] = "replicate"
-        attributes[names.GEN_AI_OPERATION_NAME] = "create_prediction"
+        attributes[names.GEN_AI_OPERATION_NAME] = gen_ai
         if request.route.model is not None:
             attributes[names.GEN_AI_REQUEST_MODEL] = request.route.model
-    elif operation.id == "predictions.get":
+        if "prediction_id" in request.route.params:
+            attributes[names.GEN_AI_RESPONSE_ID] = request.route.params["prediction_id"]
+    return attributes
+
+
+def gen_ai_operation(route: Route) -> str | None:
+    """The convention's name for what is done with a prediction; it has none for the rest of the API."""
+    operation = route.details
+    if operation is None:
+        return None
+    if operation.creates == "prediction":
+        return "create_prediction"
+    return "fetch_response" if operation.id == "predictions.get" else None
+
+
+def of_stream(*, host: str, port: int, prediction_id: str) -> Attributes:
+    """What is known when a stream is asked for. Its URL is all the permission that is needed, and is not told."""
+    attributes: Attributes = {
+        names.HTTP_REQUEST_METHOD: "GET",
+        names.SERVER_ADDRESS: host,
+        names.SERVER_PORT: port,
+        names.GEN_AI_PROVIDER_NAME: "replicate",
+        names.GEN_AI_OPERATION_NAME: "fetch_response",
+    }
+    if prediction_id:
+        attributes[names.GEN_AI_RESPONSE_ID] = prediction_id
+    return attributes
+
+
+def of_fetched(prediction: Prediction) -> Attributes:
+    """What an answer tells of its prediction; on the attempt that had it. The convention knows no trainings."""
+    if prediction.kind == "training":
+        return {}
+    attributes: Attributes = {
+        names.GEN_AI_RESPONSE_ID: prediction.id,
+        names.GEN_AI_RESPONSE_STATUS: _STATUSES[prediction.status],
+    }
+    if prediction.model is not None:
+        attributes[names.GEN_AI_RESPONSE_MODEL] = prediction.model
+    return attributes
+
+
+def of_prediction(prediction: Prediction) -> Attributes:
+    """Which prediction or training it is about, and how that stands; on request and run."""
+    training = prediction.kind == "training"
+    attributes: Attributes = {
+        names.TRAINING_ID if training else names.PREDICTION_ID: prediction.id,
+        names.PREDICTION_STATUS: prediction.status,
+    }
+    for name, value in (
+        (names.MODEL_NAME, prediction.model),
+        (names.MODEL_VERSION, prediction.version),
+        (names.DEPLOYMENT, prediction.deployment),
+    ):
+        if value is not None:
+            attributes[name] = value
+    return attributes
+
+
+def of_run(prediction: Prediction, cost: Cost | None) -> Attributes:
+    """What the end of a prediction tells of its run."""
+    attributes = of_prediction(prediction)
+    if prediction.kind == "prediction":
+        attributes |= of_fetched(prediction)
         attributes[names.GEN_AI_PROVIDER_NAME] = "replicate"
-        attributes[names.GEN_AI_OPERATION_NAME] = "fetch_response"
-        attributes[names.GEN_AI_RESPONSE_ID] = params["prediction_id"]
+        attributes[names.GEN_AI_OPERATION_NAME] = "generate_content"
+        if prediction.model is not None:
+            attributes[names.GEN_AI_REQUEST_MODEL] = prediction.model
+    for name, value in (
+        (names.GEN_AI_INPUT_TOKENS, prediction.input_tokens),
+        (names.GEN_AI_OUTPUT_TOKENS, prediction.output_tokens),
+        (names.QUEUE_TIME, prediction.queue_time),
+        (names.RUN_TIME, prediction.run_time),
+        (names.TOTAL_TIME, prediction.total_time),
+    ):
+        if value is not None:
+            attributes[name] = value
+    if cost is not None:
+        attributes[names.COST] = cost.amount
+        attributes[names.COST_CURRENCY] = cost.currency
+        attributes[names.COST_BASIS] = cost.basis
     return attributes
 
 

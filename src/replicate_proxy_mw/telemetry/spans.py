@@ -1,37 +1,56 @@
-"""The request span around everything, and one span for each attempt to reach Replicate."""
+"""The telemetry of one middleware: what observes its requests, its attempts and, after them, its predictions."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncIterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanKind, StatusCode, TracerProvider
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.trace import Link, SpanKind, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ..errors import ClientDisconnected, ProxyError, UpstreamAborted
-from ..exchange import Forward, ProxyRequest, ProxyResponse
-from ..portkey import PortkeyContext
+from ..exchange import Forward, ProxyResponse
 from ..routing import Route
-from . import attributes, names
+from ..store import Ledger
+from . import attempt, attributes, content, names, prediction
+from .attempt import Attempt
+from .attributes import Origin
+from .event_stream import EventScanner
+from .metrics import Metrics
+from .prices import PriceList, Prices
+from .request import RequestSpan, Sighting
+from .scrub import Scrubber
+from .story import Story
 
 TrustTraceparent = Literal["parent", "link", "ignore"]
 
-_PROPAGATOR = TraceContextTextMapPropagator()
+# Seconds for a host's own prices: the answer has left, and nobody waits.
+PRICES_TIMEOUT = 2.0
 
-# The request span above an attempt, which is several layers away from it.
-_above: ContextVar[RequestSpan] = ContextVar("replicate_proxy_mw.request_span")
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Telemetry:
-    """The spans of one middleware. Without an SDK in the process every call here is close to free."""
+    """Spans and metrics. Without an SDK in the process every call here is close to free.
+
+    Args:
+        prefix, upstream: what the proxy takes, and where it leads.
+        trust_traceparent: what a caller's `traceparent` is to the request span.
+        propagate_upstream: whether Replicate is told the attempt's.
+        ledger: the store, where predictions are remembered from one request to the next.
+        prices: what runs cost.
+        capture_content: whether input and output are shown, None to read OpenTelemetry's variable for it.
+        redact: the host's say in that.
+        tracer_provider, meter_provider: by default OpenTelemetry's global ones.
+
+    Raises:
+        ValueError: prices or `capture_content` are not such.
+    """
 
     def __init__(
         self,
@@ -39,18 +58,36 @@ class Telemetry:
         prefix: str,
         upstream: str,
         trust_traceparent: TrustTraceparent,
+        propagate_upstream: bool,
+        ledger: Ledger,
+        prices: Prices | None,
+        capture_content: bool | str | None,
+        redact: content.Redact | None,
         tracer_provider: TracerProvider | None,
+        meter_provider: MeterProvider | None,
     ) -> None:
         self._prefix = prefix
-        self._upstream = urlsplit(upstream)
-        self._trust = trust_traceparent
+        self._origin = Origin.of(upstream)
+        self._trust, self._propagate = trust_traceparent, propagate_upstream
+        self._metrics = Metrics(meter_provider)
         self._tracer = trace.get_tracer(
             "replicate_proxy_mw", version("replicate-proxy-mw"), tracer_provider, names.SCHEMA_URL
         )
+        self._story = Story(
+            ledger=ledger,
+            tracer=self._tracer,
+            prices=None if prices is None else PriceList(prices, timeout=PRICES_TIMEOUT),
+            capture=content.mode(capture_content, os.environ),
+            redact=redact,
+        )
 
-    @contextmanager
-    def request(self, scope: Mapping[str, Any], route: Route) -> Iterator[RequestSpan]:
-        """The request span: SERVER, or INTERNAL below a span that the host has opened for the same request."""
+    def request(
+        self, scope: Mapping[str, Any], route: Route, afterwards: list[Callable[[], Awaitable[None]]]
+    ) -> RequestSpan:
+        """The request span: SERVER, or INTERNAL below a span that the host has opened for the same request.
+
+        What remains to be told when it is left comes to `afterwards`.
+        """
         current = trace.get_current_span().get_span_context()
         local = current.is_valid and not current.is_remote
         parent, links = (None, ()) if local else self._caller(scope)
@@ -62,22 +99,16 @@ class Telemetry:
             {names.HTTP_REQUEST_METHOD: attributes.method(scope["method"]), names.HTTP_ROUTE: template},
             links,
         )
-        if span.is_recording():
-            span.set_attributes(attributes.of_scope(scope) | attributes.of_route(route))
-            if route.is_secret:
-                span.set_attribute(names.URL_PATH, template)
-        observed = RequestSpan(span)
-        above = _above.set(observed)
-        with trace.use_span(span, record_exception=False, set_status_on_exception=False):
-            try:
-                yield observed
-            except BaseException as error:
-                observed.fail(error)
-                raise
-            finally:
-                observed.finish()
-                span.end()
-                _above.reset(above)
+        return RequestSpan(
+            span,
+            scope,
+            route,
+            template=template,
+            is_server=not local,
+            instruments=self._metrics.current(),
+            afterwards=afterwards,
+            story=self._story.tell,
+        )
 
     def _caller(self, scope: Mapping[str, Any]) -> tuple[Context | None, tuple[Link, ...]]:
         """The caller's own span, as a parent or as a link, as far as it is trusted."""
@@ -90,6 +121,8 @@ class Telemetry:
         }
         if "traceparent" not in carrier:
             return None, ()
+        if "tracestate" in carrier and not Scrubber.of(scope["headers"]).passes(carrier["tracestate"]):
+            del carrier["tracestate"]
         context = _PROPAGATOR.extract(carrier, Context())
         if self._trust == "parent":
             return context, ()
@@ -97,172 +130,30 @@ class Telemetry:
 
     def attempts(self, forward: Forward) -> Forward:
         """The innermost layer: a CLIENT span for each request that is sent, until its answer's last byte."""
+        return attempt.attempts(forward, tracer=self._tracer, origin=self._origin, propagate=self._propagate)
 
-        async def attempt(request: ProxyRequest) -> ProxyResponse:
-            span = self._tracer.start_span(
-                attributes.span_name(request.method, self._upstream.path + request.route.template),
-                kind=SpanKind.CLIENT,
-            )
-            above = _above.get(None)
-            if above is not None:
-                above.forwarded(request)
-            if not span.is_recording():
-                return await forward(request)
-            span.set_attributes(attributes.of_attempt(request, self._upstream))
-            sent = _Counted(request.body)
-            observed = _Attempt(span, sent)
-            try:
-                with trace.use_span(span, record_exception=False, set_status_on_exception=False):
-                    response = await forward(replace(request, body=sent))
-            except BaseException as error:
-                observed.end(error)
-                raise
-            return observed.answer(response)
-
-        return attempt
-
-
-class RequestSpan:
-    """The request span while it is open. What is not known yet when it ends is absent.
-
-    Attributes:
-        id: the trace id in hex, or a random one where there is no trace: what a caller can report.
-        portkey_trace_id: the caller's `x-portkey-trace-id`.
-        outcome: a word of the list in `errors`; `forwarded` where Replicate answered, `answered` where a layer did.
-        status: the status that went out; None if none did.
-        request_size, response_size: bytes of body, read and sent.
-        complete: the answer went out to its last byte.
-        notes: what layers have to say, by names of the registry.
-        traceparent: this span's (W3C Trace Context, section 3.2), None where there is no trace.
-    """
-
-    def __init__(self, span: Span) -> None:
-        self._span = span
-        self._error_type: str | None = None
-        self.portkey_trace_id: str | None = None
-        self.outcome = "answered"
-        self.status: int | None = None
-        self.request_size = 0
-        self.response_size = 0
-        self.complete = False
-        self.notes: dict[str, bool | int | float | str] = {}
-        context = span.get_span_context()
-        self.id = trace.format_trace_id(context.trace_id) if context.is_valid else uuid.uuid4().hex
-        self.traceparent = (
-            f"00-{self.id}-{trace.format_span_id(context.span_id)}-{context.trace_flags:02x}"
-            if context.is_valid
-            else None
+    async def stream(
+        self, above: RequestSpan, fetching: Awaitable[ProxyResponse], *, host: str, port: int, prediction_id: str
+    ) -> ProxyResponse:
+        """What `fetching` answers, with a CLIENT span until the stream's end."""
+        above.outcome = "forwarded"
+        if not above.observes:
+            return await attempt.unobserved(fetching)
+        known = attributes.of_stream(host=host, port=port, prediction_id=prediction_id)
+        span = self._tracer.start_span(
+            "GET", kind=SpanKind.CLIENT, attributes=attributes.scrubbed(known, above.scrub) | above.labels
         )
+        about = Sighting(prediction_id, "prediction", "stream")
+        observed = Attempt(span, above, known, gen_ai="fetch_response", about=about, events=EventScanner())
+        return await observed.run(fetching)
 
-    def caller(self, portkey: PortkeyContext) -> None:
-        self.portkey_trace_id = portkey.trace_id
-        if self._span.is_recording():
-            self._span.set_attributes(attributes.of_portkey(portkey) | attributes.of_caller(portkey))
-
-    def tenant(self, tenant: str | None) -> None:
-        if tenant is not None:
-            self._span.set_attribute(names.TENANT, tenant)
-
-    def forwarded(self, request: ProxyRequest) -> None:
-        """The request goes to Replicate, as the layers have made it."""
-        self.outcome = "forwarded"
-        if request.unwrapped_data:
-            self._span.set_attribute(names.UNWRAPPED_DATA, True)
-        if request.repaired_path:
-            self._span.set_attribute(names.REPAIRED_PATH, True)
-
-    def refuse(self, error: ProxyError) -> None:
-        """The answer is our own."""
-        self.outcome = error.outcome
-        self._error_type = error.code
-
-    def fail(self, error: BaseException) -> None:
-        """There is no answer, or only a part of one."""
-        if isinstance(error, UpstreamAborted):
-            self.outcome, self._error_type = error.outcome, error.code
-        elif isinstance(error, Exception):
-            self.outcome, self._error_type = "bad_request", "host_error"
-        else:
-            self.outcome, self._error_type = "client_disconnected", "cancelled"
-
-    def finish(self) -> None:
-        span = self._span
-        if not span.is_recording():
+    def delivered(self, above: RequestSpan, payload: Mapping[str, Any]) -> None:
+        """A webhook of Replicate's is what `above` was about."""
+        if not above.observes:
             return
-        span.set_attribute(names.OUTCOME, self.outcome)
-        for name, value in self.notes.items():
-            span.set_attribute(name, value)
-        span.set_attribute(names.HTTP_REQUEST_BODY_SIZE, self.request_size)
-        span.set_attribute(names.HTTP_RESPONSE_BODY_SIZE, self.response_size)
-        if self.status is not None and self.status != ClientDisconnected.status:
-            span.set_attribute(names.HTTP_RESPONSE_STATUS_CODE, self.status)
-        if self._error_type == ClientDisconnected.code:
-            return
-        if self._error_type is None and self.status is not None and self.status >= 500:
-            self._error_type = str(self.status)
-        if self._error_type is not None:
-            span.set_attribute(names.ERROR_TYPE, self._error_type)
-        if not self.complete or self.status is None or self.status >= 500:
-            span.set_status(StatusCode.ERROR)
-
-
-class _Counted:
-    """A body that counts its bytes as they pass."""
-
-    def __init__(self, body: AsyncIterable[bytes]) -> None:
-        self._chunks = body.__aiter__()
-        self.size = 0
-        self.complete = False
-        self.failed = False
-
-    def __aiter__(self) -> _Counted:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            chunk = await self._chunks.__anext__()
-        except StopAsyncIteration:
-            self.complete = True
-            raise
-        except Exception:
-            self.failed = True
-            raise
-        self.size += len(chunk)
-        return chunk
-
-
-class _Attempt:
-    """An attempt's span while it is open: until the answer is closed, not only until its head is there."""
-
-    def __init__(self, span: Span, sent: _Counted) -> None:
-        self._span = span
-        self._sent = sent
-
-    def answer(self, response: ProxyResponse) -> ProxyResponse:
-        body = _Counted(response.body)
-
-        async def aclose() -> None:
-            try:
-                await response.aclose()
-            finally:
-                span = self._span
-                span.set_attribute(names.HTTP_RESPONSE_STATUS_CODE, response.status)
-                span.set_attribute(names.HTTP_RESPONSE_BODY_SIZE, body.size)
-                if response.status >= 400:
-                    self._fail(str(response.status))
-                elif body.failed:
-                    self._fail(UpstreamAborted.code)
-                self.end(None)
-
-        return replace(response, body=body, aclose=aclose)
-
-    def end(self, error: BaseException | None) -> None:
-        """A caller who leaves is no error of the attempt, and neither is a cancellation."""
-        if isinstance(error, ProxyError) and not isinstance(error, ClientDisconnected):
-            self._fail(error.code)
-        self._span.set_attribute(names.HTTP_REQUEST_BODY_SIZE, self._sent.size)
-        self._span.end()
-
-    def _fail(self, error_type: str) -> None:
-        self._span.set_attribute(names.ERROR_TYPE, error_type)
-        self._span.set_status(StatusCode.ERROR)
+        urls = payload.get("urls")
+        training = isinstance(urls, dict) and "/trainings/" in str(urls.get("get"))
+        seen = prediction.of(payload, "training" if training else "prediction")
+        if seen is not None:
+            seen = prediction.scrubbed(seen, above.scrub)
+            above.sighting = Sighting(seen.id, seen.kind, "webhook", seen, time.time())

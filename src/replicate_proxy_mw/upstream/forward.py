@@ -86,23 +86,26 @@ class Upstream:
             UpstreamUnreachable, Overloaded: not one byte was sent.
             UpstreamTimeout, UpstreamFailed: it may have been received, and is not sent again.
         """
+        url = self._url(request.target)
+        answer = await self._sent(request, url)
+        if isinstance(answer, ProxyError):
+            raise answer
+        return answer
+
+    async def _sent(self, request: ProxyRequest, url: httpx.URL) -> ProxyResponse | ProxyError:
+        """Errors are returned: the traceback of one that is raised would show the token, and so would the transport's
+        own as its context."""
         sent = headers.with_token((self._host, *_framing(request), *request.headers), request.key)
         body = _NoBody() if request.content_length == 0 else _Body(request.body)
-        url = self._url(request.target)
         try:
             response = await self._transport().handle_async_request(
                 httpx.Request(request.method, url, headers=sent, stream=body, extensions={"timeout": self.timeout})
             )
-        except ProxyError:
-            raise
         except Exception as error:
-            failure = classify(error)
-        else:
-            return await self._answer(response)
-        # Raised here and not above, so that the transport's exception, which may hold headers, is not its context.
-        raise failure
+            return error.with_traceback(None) if isinstance(error, ProxyError) else classify(error)
+        return await self._answer(response)
 
-    async def _answer(self, response: httpx.Response) -> ProxyResponse:
+    async def _answer(self, response: httpx.Response) -> ProxyResponse | ProxyError:
         assert isinstance(response.stream, httpx.AsyncByteStream)
         body = Answer(response.stream)
         try:
@@ -110,9 +113,9 @@ class Upstream:
             if not 200 <= response.status_code < 600:
                 raise UpstreamFailed()
             kept = headers.down(response.headers.raw, response.status_code, self._return_headers)
-        except ProxyError:
+        except ProxyError as error:
             await body.aclose()
-            raise
+            return error.with_traceback(None)
         return ProxyResponse(status=response.status_code, headers=kept, body=body, aclose=body.aclose)
 
     async def aclose(self) -> None:
