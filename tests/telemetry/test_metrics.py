@@ -496,6 +496,30 @@ async def test_an_upstream_that_keeps_one_waiting_is_no_part_of_the_proxy_s_own_
 
 
 @pytest.mark.anyio
+async def test_neither_is_the_pause_before_another_attempt(
+    upstream: RawUpstream,
+    provider: MeterProvider,
+    reader: InMemoryMetricReader,
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def sleep(seconds: float) -> None:
+        watch.now += WAIT
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.answer(status=b"503 Unavailable")
+        connection.request()
+        connection.answer()
+
+    upstream.script = script
+    monkeypatch.setattr("replicate_proxy_mw.layers.resend.anyio.sleep", sleep)
+    await _serve(proxy(upstream.url, meter_provider=provider, options={"safe_retries": 1}), ACCOUNT)
+    assert _times(reader) == [WAIT, 0.0]
+    assert _sums(reader, "replicate_proxy.upstream.retries") == [({"replicate_proxy.retry.reason": "503"}, 1)]
+
+
+@pytest.mark.anyio
 async def test_neither_is_an_answer_that_is_taken_slowly(
     upstream: RawUpstream, provider: MeterProvider, reader: InMemoryMetricReader, watch: Watch
 ) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicate_proxy_mw.telemetry.prediction import FINAL, STATUSES, Prediction, of, read
+from replicate_proxy_mw.telemetry.prediction import FINAL, STATUSES, Prediction, of, read, scrubbed
+from replicate_proxy_mw.telemetry.scrub import Scrubber
 from replicate_proxy_mw.testing.predictions import Job
 
 CREATED = 1_700_000_000.25
@@ -217,3 +218,13 @@ def test_no_content_is_too_strange(content: dict[str, Any]) -> None:
     found = _of(**content)
     for seconds in (found.queue_time, found.run_time, found.total_time):
         assert seconds is None or seconds >= 0
+
+
+def test_its_names_are_told_without_secrets() -> None:
+    scrub = Scrubber(["canary-0123456789"])
+    named = Prediction(id="canary-0123456789", status="starting", model="acme/canary-0123456789", version="v1")
+    shown = scrubbed(named, scrub)
+    # The id is what the store knows it by.
+    assert (shown.id, shown.model, shown.version, shown.deployment) == (named.id, "acme/REDACTED", "v1", None)
+    clean = Prediction(id="p1", status="starting", model="acme/hello", deployment="acme/d")
+    assert scrubbed(clean, scrub) is clean

@@ -172,3 +172,14 @@ async def test_a_delivery(
     assert (await call(app, http_scope("POST", "/v1/-/webhooks", raw), body)).status == 204
     found = [span.name for span in exporter.get_finished_spans()]
     assert found == (["POST /v1/-/webhooks", *([] if name is None else [name])] if observed else [])
+
+
+@pytest.mark.parametrize(("tracestate", "kept"), [(b"vendor=1", "vendor=1"), (b"vendor=pk-team-a", "")])
+async def test_a_tracestate_goes_along_unless_a_secret_is_in_it(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded, tracestate: bytes, kept: str
+) -> None:
+    headers = [KEY, TRACEPARENT, (b"tracestate", tracestate)]
+    await call(proxy(upstream.url, tracer_provider=tracer_provider), http_scope("GET", "/v1/account", headers))
+    for span in (spans.request, spans.attempt):
+        assert span.context is not None
+        assert (f"{span.context.trace_id:032x}", span.context.trace_state.to_header()) == (TRACE_ID, kept)

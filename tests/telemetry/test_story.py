@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -346,6 +346,38 @@ async def test_a_store_that_is_out_of_order(
     assert len(teller.requests) == 3
     assert [of(run, *ORIGIN) for run in teller.runs] == [["observed", None, "team-a"]]
     assert {record.message.partition(":")[0] for record in caplog.records} == {"prediction store failed"}
+
+
+@pytest.mark.anyio
+async def test_what_was_told_while_the_store_was_out_of_order_is_only_counted_later(
+    tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    class Claims(Switched):
+        fails = True
+
+        async def claim(self, id: str, /) -> StoredPrediction | None:
+            if self.fails:
+                raise OSError
+            return await super().claim(id)
+
+    reader, store = InMemoryMetricReader(), Claims()
+    teller = Teller(tracer_provider, exporter, store=store, reader=reader)
+    await teller.see(STARTING, "create")
+    await teller.see(ENDED)
+    store.fails = False
+    for _ in range(2):
+        await teller.see(ENDED)
+    assert [of(run, *ORIGIN) for run in teller.runs] == [["observed", None, "team-a"]]
+    data = reader.get_metrics_data()
+    assert data is not None
+    [counted] = [
+        point.value
+        for metric in data.resource_metrics[0].scope_metrics[0].metrics
+        if metric.name == "replicate.prediction.terminal"
+        for point in metric.data.data_points
+        if isinstance(point, NumberDataPoint)
+    ]
+    assert counted == 1
 
 
 @pytest.mark.anyio

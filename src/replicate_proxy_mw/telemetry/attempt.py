@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterator
 from dataclasses import replace
 from time import perf_counter
 
@@ -13,12 +13,13 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from ..errors import ClientDisconnected, Overloaded, ProxyError, UpstreamAborted, UpstreamUnreachable
 from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
 from ..json_bodies import plain_of
+from ..operations import OPERATIONS
 from ..routing import Route
 from . import attributes, names
 from .attributes import Attributes, Origin
 from .event_stream import EventScanner
 from .metrics import Labels
-from .prediction import Prediction, read, scrubbed
+from .prediction import Kind, Prediction, read, scrubbed
 from .request import ObservedBy, RequestSpan, Sighting, current, traceparent
 
 # Bytes, as they come and as decoded: what is longer is not looked at. Inputs with files inside are.
@@ -71,18 +72,24 @@ async def unobserved(forwarding: Awaitable[ProxyResponse]) -> ProxyResponse:
         context.detach(attached)
 
 
+def _subjects() -> Iterator[tuple[str, tuple[Kind, ObservedBy]]]:
+    for operation in OPERATIONS:
+        subject = operation.creates or operation.reads
+        if subject is not None and subject != "file":
+            read: ObservedBy = "cancel" if operation.id.endswith(".cancel") else "poll"
+            yield operation.id, (subject, "create" if operation.creates else read)
+
+
+# What an answer is about, by operation, and how it is seen.
+_SUBJECTS = dict(_subjects())
+
+
 def _about(route: Route) -> Sighting | None:
     """What an answer is about, as far as the path tells: a create's answer names it."""
-    operation, params = route.details, route.params
-    if operation is None:
+    if route.operation not in _SUBJECTS:
         return None
-    subject = operation.creates or operation.reads
-    if subject is None or subject == "file":
-        return None
-    by: ObservedBy = "create"
-    if operation.reads:
-        by = "cancel" if operation.id.endswith(".cancel") else "poll"
-    return Sighting(params.get(f"{subject}_id", ""), subject, by)
+    subject, by = _SUBJECTS[route.operation]
+    return Sighting(route.params.get(f"{subject}_id", ""), subject, by)
 
 
 class Attempt:
@@ -126,8 +133,7 @@ class Attempt:
         about, waiting = self._about, self._above.waiting
         if about is not None and about.id:
             self._above.sighting = about
-        quiet = context.set_value(_SUPPRESS, True)
-        attached = context.attach(trace.set_span_in_context(self._span, quiet))
+        attached = context.attach(trace.set_span_in_context(self._span, context.set_value(_SUPPRESS, True)))
         try:
             if waiting is None:
                 response = await forwarding

@@ -82,7 +82,9 @@ class Scrubber:
 
     def with_secret(self, secret: str) -> Scrubber:
         """One that knows `secret`, too."""
-        return Scrubber((*self._secrets, secret))
+        more = Scrubber(())
+        more._secrets, more._heads = (*self._secrets, secret), (*self._heads, secret[:_HEAD])
+        return more
 
     def __repr__(self) -> str:
         return f"Scrubber({len(self._secrets)} secrets)"

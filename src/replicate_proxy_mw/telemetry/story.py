@@ -20,7 +20,7 @@ from ..store import Ledger, StoredPrediction
 from . import attributes, content, names
 from .attributes import Attributes
 from .prediction import Prediction
-from .prices import PriceList
+from .prices import Cost, PriceList
 from .request import RequestSpan, Sighting
 
 # A stream's end comes without times and usage, and a webhook may be faster than the answer to a create that waits: for
@@ -224,7 +224,23 @@ class Story:
     async def _report(self, run: _Run, request: RequestSpan) -> None:
         prediction = run.prediction
         cost = None if self._prices is None else await self._prices.estimate(prediction, tenant=run.tenant)
-        error_type = _ERRORS.get(prediction.status)
+        # While the store was out of order, this process may have told it already.
+        is_told = run.polls is not None and prediction.id in self._observed
+        span = request.span if is_told else self._span(run, cost, request)
+        if request.instruments is not None and run.polls is not None:
+            request.instruments.run(
+                prediction,
+                cost,
+                tenant=None if run.tenant is None else request.scrub(run.tenant),
+                observed_by=run.sighting.by,
+                lag=run.lag,
+                polls=run.polls,
+                error_type=_ERRORS.get(prediction.status),
+                span=span,
+            )
+
+    def _span(self, run: _Run, cost: Cost | None, request: RequestSpan) -> Span:
+        prediction, error_type = run.prediction, _ERRORS.get(run.prediction.status)
         told = attributes.of_run(prediction, cost) | run.told() | dict(run.caller)
         if error_type is not None:
             told[names.ERROR_TYPE] = error_type
@@ -246,18 +262,7 @@ class Story:
             if error_type is not None:
                 span.set_status(StatusCode.ERROR)
         span.end(end)
-        instruments = request.instruments
-        if instruments is not None and run.polls is not None:
-            instruments.run(
-                prediction,
-                cost,
-                tenant=None if run.tenant is None else request.scrub(run.tenant),
-                observed_by=run.sighting.by,
-                lag=run.lag,
-                polls=run.polls,
-                error_type=error_type,
-                span=span,
-            )
+        return span
 
     def _content(self, run: _Run, request: RequestSpan) -> Attributes:
         if self._capture == "NO_CONTENT" or not run.capture or not request.recording:
