@@ -67,6 +67,7 @@ def test_what_can_be_set(options: dict[str, Any]) -> None:
         ({"store_timeout": 0}, "store_timeout"),
         ({"max_connections": 0}, "max_connections"),
         ({"max_streams": 0}, "max_streams"),
+        ({"forward_headers": ["Traceparent"], "propagate_upstream": True}, "propagate_upstream"),
         ({"forward_headers": ["Authorization"]}, "forward_headers: 'Authorization' is never"),
         ({"forward_headers": ["x-portkey-api-key"]}, "forward_headers"),
         ({"forward_headers": "x-mine"}, "forward_headers: a list"),

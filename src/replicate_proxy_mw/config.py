@@ -162,6 +162,8 @@ class ProxyConfig:
                 lowered = name.lower().encode("ascii", "replace")
                 if lowered in NEVER or lowered.startswith(b"x-portkey-"):
                     raise ValueError(f"{option}: {name!r} is never passed on")
+        if self.propagate_upstream and any(name.lower() == "traceparent" for name in self.forward_headers):
+            raise ValueError("propagate_upstream: the caller's traceparent, of forward_headers, would go up beside it")
         if self.trust_traceparent not in ("parent", "link", "ignore"):
             raise ValueError("trust_traceparent: must be 'parent', 'link' or 'ignore'")
 

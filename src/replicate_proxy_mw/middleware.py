@@ -386,7 +386,8 @@ class ReplicateProxyMiddleware:
         if reply.status is None:
             # To a caller who has left, too: a host around us may insist on an answer.
             answer, trace_id = render(error, request_id=span.id), (span.portkey and span.portkey.trace_id) or span.id
-            await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
+            with suppress(ClientDisconnected):
+                await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
 
 
 async def _run(afterwards: list[Callable[[], Awaitable[None]]]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,7 +246,7 @@ async def test_a_stream(
     seen: list[Any],
     has_data: bool,
 ) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 0.0)
+    monkeypatch.setattr(story, "GRACE", 0.0)
     length = b"content-length: %d\r\n" % len(answer)
     streaming = await _streaming(upstream, EVENT_STREAM % length + answer, tracer_provider=tracer_provider)
     assert (await streaming.read()).content == answer
@@ -420,3 +421,22 @@ async def test_replicate_is_told_its_traceparent_if_that_is_wanted(
         assert told == [f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}".encode()]
     else:
         assert told == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 422 X\r\ncontent-length: 40\r\n\r\n" + b'{"id": "p1", "status": "failed"}'.ljust(40),
+        b"HTTP/1.1 200 OK\r\ncontent-length: 90\r\n\r\n" + b'{"id": "p1", "status": "failed"}'.ljust(40),
+    ],
+)
+async def test_what_is_no_whole_answer_shows_no_prediction(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded, answer: bytes
+) -> None:
+    upstream.script = sends(answer)
+    app = proxy(upstream.url, tracer_provider=tracer_provider)
+    with suppress(UpstreamAborted):
+        await Caller().call(app, http_scope("GET", "/v1/predictions/p1"))
+    await app.aclose()
+    assert of(spans.attempt, "gen_ai.response.status") == [None]
+    assert of(spans.request, "replicate.prediction.status") == [None]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_what_the_caller_says() -> None:
     }
     assert on_request == {
         "portkey.provider": "@team",
-        "portkey.metadata_json": '{"_user":"u1","a b.c":"\\u00fc"}',
+        "portkey.metadata_json": '{"_user":"u1","a b.c":"ü"}',
     }
 
 
@@ -139,11 +140,13 @@ def test_what_the_caller_says_tells_no_secret_in_any_writing() -> None:
     assert on_request == {"portkey.metadata_json": '{"REDACTED":"x","k":"<REDACTED>"}'}
 
 
-def test_long_texts_are_cut() -> None:
-    context = PortkeyContext(provider="x" * 300, metadata={f"k{number}": "x" * 256 for number in range(32)})
-    _, on_request = _said(context)
+def test_long_texts_are_cut_and_no_json_is() -> None:
+    said = {f"k{number}": "ü" * 250 for number in range(8)}
+    _, on_request = _said(PortkeyContext(provider="x" * 300, metadata=said))
     assert on_request["portkey.provider"] == "x" * 256
-    assert len(str(on_request["portkey.metadata_json"])) == 4096
+    assert json.loads(str(on_request["portkey.metadata_json"])) == said
+    _, on_request = _said(PortkeyContext(metadata=said | {"k8": "ü" * 20}))
+    assert on_request == {}
 
 
 def test_texts_are_scrubbed_unless_they_are_words_of_a_list() -> None:

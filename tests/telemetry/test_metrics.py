@@ -618,3 +618,30 @@ async def test_one_that_the_host_breaks_off_is_not_in_flight_any_more(
     with pytest.raises(ZeroDivisionError):
         await proxy(NOBODY, meter_provider=provider)(ACCOUNT, receive, Caller().send)
     assert _sums(reader, "replicate_proxy.in_flight") == [({"replicate.operation": "account.get"}, 0)]
+
+
+def test_a_provider_without_a_hash(provider: MeterProvider, reader: InMemoryMetricReader) -> None:
+    class Wrapped:
+        def get_meter(self, *arguments: Any, **keywords: Any) -> Meter:
+            return provider.get_meter(*arguments, **keywords)
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    wrapped: Any = Wrapped()
+    for _ in range(2):
+        anyio.run(_serve, proxy(NOBODY, meter_provider=wrapped), http_scope(headers=[]))
+    assert [value for _, value in _sums(reader, "replicate_proxy.requests")] == [2]
+
+
+def test_a_provider_that_nothing_can_refer_to_weakly(provider: MeterProvider, reader: InMemoryMetricReader) -> None:
+    class Slotted:
+        __slots__ = ()
+
+        def get_meter(self, *arguments: Any, **keywords: Any) -> Meter:
+            return provider.get_meter(*arguments, **keywords)
+
+    slotted: Any = Slotted()
+    for _ in range(2):
+        anyio.run(_serve, proxy(NOBODY, meter_provider=slotted), http_scope(headers=[]))
+    assert [value for _, value in _sums(reader, "replicate_proxy.requests")] == [2]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,25 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, StatusCode, TraceFlags
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, SpanKind, StatusCode, TraceFlags
 
-from replicate_proxy_mw import Forward, MappingKeyResolver, ProxyRequest, ProxyResponse, ReplicateKey
+from replicate_proxy_mw import (
+    Forward,
+    MappingKeyResolver,
+    PriceRequest,
+    ProxyRequest,
+    ProxyResponse,
+    Rates,
+    ReplicateKey,
+)
 from replicate_proxy_mw.errors import UpstreamAborted
+from replicate_proxy_mw.store import StoredPrediction
 from replicate_proxy_mw.telemetry import names
 from replicate_proxy_mw.telemetry.request import current, traceparent
 from tests.raw_asgi import KEY, TOKEN, Caller, call, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream
 from tests.telemetry.scenarios import Recorded, labels, of
-from tests.tenants import answers, sends
+from tests.tenants import Switched, answers, sends
 
 pytestmark = pytest.mark.anyio
 
@@ -322,3 +332,92 @@ def test_no_traceparent_of_no_trace() -> None:
     assert traceparent(SpanContext(0xA, 0xB, is_remote=False)) == f"00-{0xA:032x}-{0xB:016x}-00"
     sampled = SpanContext(0xA, 0xB, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
     assert traceparent(sampled) == f"00-{0xA:032x}-{0xB:016x}-01"
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+async def test_a_caller_who_has_left_is_none_of_the_host_s_errors(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded, moment: str
+) -> None:
+    """Where `send` says so (ASGI 2.4)."""
+    caller = Caller()
+    if moment == "before":
+        caller.left.set()
+    else:
+        upstream.script = answers(b"{}")
+
+    async def send(message: Any) -> None:
+        raise OSError
+
+    app = proxy(upstream.url, tracer_provider=tracer_provider)
+    await app(http_scope("GET", "/v1/account"), caller.receive, send)
+    await app.aclose()
+    assert of(spans.request, "replicate_proxy.outcome", "error.type") == ["client_disconnected", None]
+    assert spans.request.status.status_code is StatusCode.UNSET
+
+
+async def test_replicate_s_own_499_is_an_answer_like_others(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded
+) -> None:
+    upstream.script = answers(b"{}", b"499 X")
+    await call(proxy(upstream.url, tracer_provider=tracer_provider), http_scope("GET", "/v1/account"))
+    assert of(spans.request, "replicate_proxy.outcome", "http.response.status_code") == ["forwarded", 499]
+    assert spans.request.status.status_code is StatusCode.UNSET
+
+
+async def test_a_proxy_within_a_proxy_tells_nothing_for_the_other(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded
+) -> None:
+    upstream.script = answers(b'{"id": "p1", "status": "starting"}', b"201 Created")
+    inner = proxy(upstream.url)
+
+    def through(forward: Forward) -> Forward:
+        async def answered(request: ProxyRequest) -> ProxyResponse:
+            assert (await call(inner, http_scope("POST", "/v1/predictions"), b"{}")).status == 201
+            return ProxyResponse.json(200, {})
+
+        return answered
+
+    app = proxy(upstream.url, tracer_provider=tracer_provider, layers=[through])
+    await call(app, http_scope("GET", "/v1/account"))
+    [span] = spans.all
+    assert of(span, "replicate_proxy.outcome", "replicate.prediction.id") == ["answered", None]
+
+
+async def test_what_comes_after_the_answer_is_no_part_of_the_request(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded
+) -> None:
+    """Neither is it the layers' to wait for."""
+    order: list[str] = []
+    asked = 0
+
+    class Slow(Switched):
+        async def put(self, id: str, prediction: StoredPrediction, /) -> None:
+            nonlocal asked
+            asked = time.time_ns()
+            await anyio.sleep(0.01)
+            order.append("store")
+            await super().put(id, prediction)
+
+    async def afterward() -> None:
+        order.append("layer")
+
+    async def prices(request: PriceRequest) -> Rates | None:
+        order.append("prices")
+        return None
+
+    def layer(forward: Forward) -> Forward:
+        async def passed(request: ProxyRequest) -> ProxyResponse:
+            request.afterwards.append(afterward)
+            return await forward(request)
+
+        return passed
+
+    upstream.script = answers(b'{"id": "p1", "status": "succeeded"}', b"201 Created")
+    more: dict[str, Any] = {"store": Slow(), "layers": [layer], "prices": prices}
+    app = proxy(upstream.url, tracer_provider=tracer_provider, **more)
+    await call(app, http_scope("POST", "/v1/predictions"), b"{}")
+    assert order == ["store", "layer", "prices"]
+    [attempt] = [span for span in spans.all if span.name == "POST /v1/predictions" and span.kind is SpanKind.CLIENT]
+    for span in (spans.request, attempt):
+        assert span.end_time is not None
+        assert span.end_time <= asked

@@ -163,7 +163,7 @@ async def test_a_delivery(
     name: str | None,
     observed: bool,
 ) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 0.0)
+    monkeypatch.setattr(story, "GRACE", 0.0)
     secret, id, now, body = "whsec_" + "A" * 40, "msg_1", str(int(time.time())), json.dumps(payload).encode()
     headers = {"webhook-id": id, "webhook-timestamp": now, "webhook-signature": sign(secret, id, now, body)}
     provider = tracer_provider if observed else None

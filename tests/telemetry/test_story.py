@@ -48,7 +48,7 @@ STARTING = replace(ENDED, status="starting", started_at=None, completed_at=None,
 
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 0.0)
+    monkeypatch.setattr(story, "GRACE", 0.0)
 
 
 class Teller:
@@ -232,13 +232,14 @@ async def test_a_stream_tells_no_times_of_its_own(teller: Teller) -> None:
     assert run.name == "generate_content a/b"
     assert (run.start_time, run.end_time) == (int(CREATED * 1e9), int((CREATED + 9) * 1e9))
     assert of(run, "replicate.prediction.total_time", "replicate.prediction.run_time") == [9.0, None]
+    assert of(run, "replicate_proxy.lifecycle.observation_lag") == [None]
 
 
 @pytest.mark.anyio
 async def test_a_request_span_does_not_wait_for_more_than_a_stream_tells(
     teller: Teller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 30.0)
+    monkeypatch.setattr(story, "GRACE", 30.0)
     await teller.see(STARTING, "create")
     with anyio.move_on_after(0.05):
         await teller.see(Prediction(id="p1", status="succeeded"), "stream")
@@ -251,7 +252,7 @@ async def test_a_request_span_does_not_wait_for_more_than_a_stream_tells(
 async def test_a_webhook_that_is_faster_than_the_answer_to_the_create(
     teller: Teller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 0.5)
+    monkeypatch.setattr(story, "GRACE", 0.5)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(teller.see, ENDED, "webhook")
         await anyio.wait_all_tasks_blocked()
@@ -262,8 +263,67 @@ async def test_a_webhook_that_is_faster_than_the_answer_to_the_create(
 
 
 @pytest.mark.anyio
+async def test_a_poll_that_is_faster_than_the_record_of_the_create(
+    teller: Teller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(story, "GRACE", 0.5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(teller.see, ENDED)
+        await anyio.wait_all_tasks_blocked()
+        await teller.see(STARTING, "create")
+    [run] = teller.runs
+    assert of(run, *ORIGIN) == ["store", 0, "team-a"]
+
+
+@pytest.mark.anyio
+async def test_who_sees_the_end_of_what_is_known_does_not_wait(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(story, "GRACE", 60.0)
+    await teller.see(STARTING, "create")
+    await teller.see(ENDED, "webhook")
+    await teller.see(Prediction(id="p1", status="succeeded"), "stream")
+    await teller.see(replace(ENDED, id="p2"), "create")
+    assert len(teller.runs) == 2
+
+
+@pytest.mark.anyio
+async def test_a_stream_s_run_is_that_of_its_deployment_and_version(
+    tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    prices = {"a/b": Rates(per_run=7.0), "deployments/a/d": Rates(per_run=1.0)}
+    teller = Teller(tracer_provider, exporter, prices=prices)
+    await teller.see(replace(STARTING, deployment="a/d", version="v1"), "create")
+    await teller.see(Prediction(id="p1", status="succeeded"), "stream")
+    [run] = teller.runs
+    found = of(run, "replicate.deployment", "replicate.model.version", "replicate.prediction.cost")
+    assert found == ["a/d", "v1", 1.0]
+
+
+@pytest.mark.anyio
+async def test_an_end_is_claimed_when_nothing_can_stop_it_any_more(
+    tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    asked = 0
+
+    async def prices(request: PriceRequest) -> Rates | None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            await anyio.sleep_forever()
+        return Rates(per_run=1.0)
+
+    teller = Teller(tracer_provider, exporter, prices=prices)
+    await teller.see(STARTING, "create")
+    with anyio.move_on_after(0.05):
+        await teller.see(ENDED)
+    assert (len(teller.requests), teller.runs) == (2, [])
+    await teller.see(ENDED)
+    [run] = teller.runs
+    assert of(run, *ORIGIN, "replicate.prediction.cost") == ["store", 2, "team-a", 1.0]
+
+
+@pytest.mark.anyio
 async def test_a_webhook_that_knows_of_no_end_does_not_wait(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 60.0)
+    monkeypatch.setattr(story, "GRACE", 60.0)
     await teller.see(STARTING, "webhook")
     await teller.see(None, "stream")
     assert len(teller.requests) == 2
@@ -346,6 +406,45 @@ async def test_a_store_that_is_out_of_order(
     assert len(teller.requests) == 3
     assert [of(run, *ORIGIN) for run in teller.runs] == [["observed", None, "team-a"]]
     assert {record.message.partition(":")[0] for record in caplog.records} == {"prediction store failed"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("by", ["poll", "cancel"])
+async def test_a_store_that_could_not_be_read_may_know_that_it_was_told(
+    tracer_provider: TracerProvider, exporter: InMemorySpanExporter, by: ObservedBy
+) -> None:
+    store = Switched()
+    await Teller(tracer_provider, exporter, store=store).see(STARTING, "create")
+    first, second = (Teller(tracer_provider, exporter, store=store) for _ in range(2))
+    await first.see(ENDED)
+    store.before_get = refuses
+    await second.see(ENDED, by)
+    assert [of(run, *ORIGIN) for run in second.runs] == [["store", 1, "team-a"]]
+
+
+@pytest.mark.anyio
+async def test_a_create_that_could_not_be_recorded_is_told_by_the_one_who_knows(
+    tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    store = Switched()
+    store.before_put = refuses
+    teller = Teller(tracer_provider, exporter, store=store)
+    await teller.see(ENDED, "create")
+    assert [of(run, *ORIGIN) for run in teller.runs] == [["observed", None, "team-a"]]
+
+
+@pytest.mark.anyio
+async def test_a_store_that_fails_while_it_is_waited_for(
+    tracer_provider: TracerProvider, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(story, "GRACE", 0.5)
+    store = Switched()
+    teller = Teller(tracer_provider, exporter, store=store)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(teller.see, ENDED)
+        await anyio.wait_all_tasks_blocked()
+        store.before_get = refuses
+    assert teller.runs == []
 
 
 @pytest.mark.anyio
@@ -471,7 +570,7 @@ async def test_content_that_is_not_shown(
 
 def test_details_are_kept() -> None:
     said = {"portkey.trace_id": "order-42", "portkey.metadata._user": "ü"}
-    kept = Details(model="a/b", created_at=CREATED, caller=said, capture=True)
+    kept = Details(model="a/b", version="v", deployment="a/d", created_at=CREATED, caller=said, capture=True)
     assert Details.of(kept.text()) == kept
     assert Details.of(Details().text()) == Details(caller=None)
     assert len(kept.text()) < 200
@@ -532,6 +631,7 @@ _TEXT = st.text(max_size=256)
 def test_details_are_never_long(
     model: str | None, created_at: float | None, caller: dict[str, str], capture: bool
 ) -> None:
-    text = Details(model=model, created_at=created_at, caller=caller, capture=capture).text()
+    names = {"model": model, "version": model, "deployment": model}
+    text = Details(**names, created_at=created_at, caller=caller, capture=capture).text()
     assert len(text.encode()) <= MAX_DETAILS
     assert Details.of(text).capture is capture

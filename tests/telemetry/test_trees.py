@@ -60,7 +60,7 @@ SAID = {
 
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 0.0)
+    monkeypatch.setattr(story, "GRACE", 0.0)
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ async def test_a_stream(stage: Stage) -> None:
 
 
 async def test_a_poll_soon_after_the_stream_tells_more(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 1.5)
+    monkeypatch.setattr(story, "GRACE", 1.5)
     app, content = stage.streaming(), {"input": {"prompt": "Ada"}}
     created = await stage.ask(app, "POST", f"/v1/models/{LLAMA}/predictions", content)
     stage.fake.clock.advance(QUEUE + RUN)
@@ -412,7 +412,7 @@ async def test_a_webhook(stage: Stage) -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_webhook_and_a_create_that_waits_tell_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "STREAM_GRACE", 1.5)
+    monkeypatch.setattr(story, "GRACE", 1.5)
     with scenarios.stage(queue_time=0.1, run_time=0.1) as stage:
         app = stage.proxy(options={"webhook_secrets": [stage.fake.webhook_secret]})
         with serve(app) as served:

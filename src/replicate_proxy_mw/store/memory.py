@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -37,43 +38,49 @@ class MemoryPredictionStore:
             raise ValueError("max_age: must be more than 0 seconds")
         self._max_entries, self._max_age, self._now = max_entries, max_age, now
         self._entries: OrderedDict[str, tuple[float, StoredPrediction]] = OrderedDict()
+        self._lock = threading.Lock()  # event loops in several threads may share it
         self.evicted = 0
 
     def __len__(self) -> int:
-        self._forget()
-        return len(self._entries)
+        with self._lock:
+            self._forget()
+            return len(self._entries)
 
     async def put(self, id: str, prediction: StoredPrediction, /) -> None:
-        self._forget()
-        if id in self._entries:
-            until, known = self._entries[id]
-            self._entries[id] = until, _filled_in(known, prediction)
-            return
-        if len(self._entries) >= self._max_entries:
-            self._entries.popitem(last=False)
-            self.evicted += 1
-        self._entries[id] = self._now() + self._max_age, prediction
+        with self._lock:
+            self._forget()
+            if id in self._entries:
+                until, known = self._entries[id]
+                self._entries[id] = until, _filled_in(known, prediction)
+                return
+            if len(self._entries) >= self._max_entries:
+                self._entries.popitem(last=False)
+                self.evicted += 1
+            self._entries[id] = self._now() + self._max_age, prediction
 
     async def get(self, ids: Collection[str], /) -> Mapping[str, StoredPrediction]:
-        self._forget()
-        return {id: self._entries[id][1] for id in ids if id in self._entries}
+        with self._lock:
+            self._forget()
+            return {id: self._entries[id][1] for id in ids if id in self._entries}
 
     async def read(self, id: str, status: str, /) -> StoredPrediction | None:
-        self._forget()
-        if id not in self._entries:
-            return None
-        until, known = self._entries[id]
-        read = replace(known, reads=known.reads + 1)
-        self._entries[id] = until, replace(read, status=status)
-        return read
+        with self._lock:
+            self._forget()
+            if id not in self._entries:
+                return None
+            until, known = self._entries[id]
+            read = replace(known, reads=known.reads + 1)
+            self._entries[id] = until, replace(read, status=status)
+            return read
 
     async def claim(self, id: str, /) -> StoredPrediction | None:
-        self._forget()
-        until, prediction = self._entries.get(id, (0.0, None))
-        if prediction is None or prediction.reported:
-            return None
-        self._entries[id] = until, replace(prediction, reported=True)
-        return prediction
+        with self._lock:
+            self._forget()
+            until, prediction = self._entries.get(id, (0.0, None))
+            if prediction is None or prediction.reported:
+                return None
+            self._entries[id] = until, replace(prediction, reported=True)
+            return prediction
 
     def _forget(self) -> None:
         """Entries are in the order of their time, since each lives equally long."""

@@ -56,7 +56,7 @@ def attempts(forward: Forward, *, tracer: Tracer, origin: Origin, propagate: boo
             # The pause was for Replicate's sake.
             above.waiting.seconds += perf_counter() - above.failed_at
         sent = observed.counted(request)
-        if propagate and (own := traceparent(span.get_span_context())) is not None:
+        if propagate and span.is_recording() and (own := traceparent(span.get_span_context())) is not None:
             sent = replace(sent, headers=(*sent.headers, (b"traceparent", own.encode())))
         return await observed.run(forward(sent))
 
@@ -76,8 +76,8 @@ def _subjects() -> Iterator[tuple[str, tuple[Kind, ObservedBy]]]:
     for operation in OPERATIONS:
         subject = operation.creates or operation.reads
         if subject is not None and subject != "file":
-            read: ObservedBy = "cancel" if operation.id.endswith(".cancel") else "poll"
-            yield operation.id, (subject, "create" if operation.creates else read)
+            later: ObservedBy = "cancel" if operation.id.endswith(".cancel") else "poll"
+            yield operation.id, (subject, "create" if operation.creates else later)
 
 
 # What an answer is about, by operation, and how it is seen.

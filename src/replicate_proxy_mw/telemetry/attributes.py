@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..exchange import ProxyRequest
-from ..portkey import MAX_TEXT, PortkeyContext
+from ..portkey import MAX_METADATA_BYTES, MAX_TEXT, PortkeyContext
 from ..routing import Route
 from . import names
 from .names import FIXED
@@ -35,11 +35,12 @@ METHODS = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "PO
 # Query parameters of Replicate's API that hold no secret and no content; values of others are redacted.
 _PLAIN_QUERY = frozenset(("created_after", "created_before", "cursor", "limit", "sort_by", "sort_direction", "source"))
 _METADATA_KEY = re.compile(r"[^A-Za-z0-9_-]")
-_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 
 
 def scrubbed(attributes: Attributes, scrub: Scrubber) -> Attributes:
-    """`attributes` as they may go out: nothing is put on a span but what has passed here, or as label of a caller."""
+    """`attributes` as they may go out. Nothing goes on a span that has not passed here; what the caller says of itself
+    is scrubbed in `of_portkey`."""
     texts = [value for name, value in attributes.items() if type(value) is str and name not in FIXED]
     if scrub.is_clean(texts):
         return attributes
@@ -65,7 +66,7 @@ class Origin:
 
 def method(value: str) -> str:
     """The method as a label: one of the known ones or `_OTHER`, since callers may invent any."""
-    return value if value in METHODS else "_OTHER"
+    return value if value in METHODS else names.OTHER
 
 
 def span_name(value: str, template: str) -> str:
@@ -139,7 +140,9 @@ def of_caller(portkey: PortkeyContext, metadata: Mapping[str, str] | None) -> At
     if portkey.provider:
         attributes[names.PORTKEY_PROVIDER] = portkey.provider[:MAX_TEXT]
     if metadata is not None:
-        attributes[names.PORTKEY_METADATA_JSON] = _json(metadata)[:4096]
+        text = _json(metadata)
+        if len(text.encode()) <= MAX_METADATA_BYTES:
+            attributes[names.PORTKEY_METADATA_JSON] = text
     if portkey.metadata_invalid:
         attributes[names.PORTKEY_METADATA_INVALID] = True
     return attributes

@@ -170,7 +170,7 @@ class _Walk:
 _FIRST = object()
 _ALL = 1 << 60
 
-# The beginning of an URL or of a data URI (RFC 2397), and what may follow.
+# The beginning of a URL or of a data URI (RFC 2397), and what may follow.
 _BEGIN = re.compile(
     r"(?=[HhDd])(?:(?P<http>(?i:https?)://)"
     r"|(?<![A-Za-z0-9_])(?i:data):(?P<type>[\w.+-]{1,80}/[\w.+-]{1,80})?(?:;[\w.+-]{1,30}=[^\s;,<>]{1,60}){0,4}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from weakref import WeakKeyDictionary
 
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
@@ -53,8 +53,9 @@ class Metrics:
         return self._instruments
 
 
-# One set for each provider, since a meter has one instrument of a name, with one callback.
-_MADE: WeakKeyDictionary[MeterProvider, Instruments] = WeakKeyDictionary()
+# One set for each provider, since a meter has one instrument of a name, with one callback. By identity, since some have
+# no hash, with the provider itself where nothing can refer to it weakly.
+_made: dict[int, tuple[Callable[[], object], Instruments | None]] = {}
 _making = threading.Lock()
 
 
@@ -62,12 +63,20 @@ def _instruments(provider: MeterProvider) -> Instruments | None:
     if _is_the_api_s(provider):
         return None
     with _making:
-        if provider not in _MADE:
+        of, instruments = _made.get(id(provider), (None, None))
+        if of is None or of() is not provider:
             meter = provider.get_meter("replicate_proxy_mw", version("replicate-proxy-mw"), names.SCHEMA_URL)
-            if _is_the_api_s(meter):
-                return None
-            _MADE[provider] = Instruments(meter)
-        return _MADE[provider]
+            instruments = None if _is_the_api_s(meter) else Instruments(meter)
+            _made[id(provider)] = _reference(provider), instruments
+        return instruments
+
+
+def _reference(provider: MeterProvider) -> Callable[[], object]:
+    key = id(provider)
+    try:
+        return weakref.ref(provider, lambda gone: _made.pop(key, None))
+    except TypeError:
+        return lambda: provider
 
 
 def _is_the_api_s(provider_or_meter: object) -> bool:
@@ -161,7 +170,7 @@ class Instruments:
         self._retries.add(1, reason)
 
     def gen_ai(self, operation: str, seconds: float, *, model: str | None, error_type: str | None) -> None:
-        """Something was done with a prediction; `model` is None unless it succeeded."""
+        """Something was done with a prediction; `model` as Replicate says, None where no answer named it."""
         labels = self._of_gen_ai(operation, model)
         if error_type is not None:
             labels[names.ERROR_TYPE] = error_type

@@ -2,7 +2,7 @@
 
 S: stable OpenTelemetry semantic convention (schema 1.44.0). D: convention still in Development. C: our own namespace:
 `replicate.*` comes from Replicate's API, `replicate_proxy.*` is about the proxy, `portkey.*` from the caller's headers.
-`docs/telemetry.md` is made from this module.
+The reference in `docs/telemetry.md` is made from this module.
 """
 
 from __future__ import annotations
@@ -48,10 +48,17 @@ def _name(name: str, mark: Mark, on: str, meaning: str) -> str:
     return name
 
 
-HTTP_REQUEST_METHOD = _name("http.request.method", "S", "request attempt", "`_OTHER` for methods that HTTP has not")
+HTTP_REQUEST_METHOD = _name(
+    "http.request.method", "S", "request attempt", "`_OTHER` for methods that HTTP does not have"
+)
 HTTP_REQUEST_RESEND_COUNT = _name("http.request.resend_count", "S", "attempt", "from the second attempt on")
 HTTP_RESPONSE_STATUS_CODE = _name("http.response.status_code", "S", "request attempt", "what went out; what came back")
-HTTP_ROUTE = _name("http.route", "S", "request", "the prefix and the path template of Replicate's API, or `/{path}`")
+HTTP_ROUTE = _name(
+    "http.route",
+    "S",
+    "request",
+    "the prefix, and the path template of Replicate's API or `/{path}`; `/-/streams/{token}` and `/-/webhooks`",
+)
 URL_SCHEME = _name("url.scheme", "S", "request", "as the server tells it")
 URL_PATH = _name("url.path", "S", "request", "as it came; the route where the path is a secret")
 URL_FULL = _name("url.full", "S", "attempt", "query values that are not known to be harmless are `REDACTED`")
@@ -122,7 +129,8 @@ OUTCOME = _name(
     "C",
     "request",
     "`forwarded`, `answered` (without Replicate), `auth_missing`, `auth_invalid`, `denied`, `limited`, `bad_request`, "
-    "`body_too_large`, `upstream_timeout`, `upstream_error`, `overloaded`, `resolver_error` or `client_disconnected`",
+    "`body_too_large`, `upstream_timeout`, `upstream_error`, `overloaded`, `resolver_error` (resolver, store or "
+    "`on_webhook` of the host has failed) or `client_disconnected`",
 )
 TENANT = _name("replicate_proxy.tenant", "C", "request run", "the tenant's name, as the key resolver gave it")
 STORE_FAILED = _name(
@@ -165,7 +173,7 @@ PORTKEY_METADATA = _name(
     "request attempt run",
     "followed by a key of `x-portkey-metadata`, with `_` for characters outside `[A-Za-z0-9_-]`; at most 32",
 )
-PORTKEY_METADATA_JSON = _name("portkey.metadata_json", "C", "request", "all of it, at most 4 KiB")
+PORTKEY_METADATA_JSON = _name("portkey.metadata_json", "C", "request", "all of it, canonical; absent above 4 KiB")
 PORTKEY_METADATA_INVALID = _name("portkey.metadata_invalid", "C", "request", "true where it cannot be read")
 PORTKEY_PROVIDER = _name("portkey.provider", "C", "request", "`x-portkey-provider`")
 

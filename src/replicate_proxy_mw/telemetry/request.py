@@ -30,11 +30,11 @@ from .scrub import BARE, Scrubber
 ObservedBy = Literal["create", "poll", "cancel", "stream", "webhook"]
 
 # The request span above an attempt, which is several layers away from it.
-_current: ContextVar[RequestSpan] = ContextVar("replicate_proxy_mw.request_span")
+_current: ContextVar[RequestSpan | None] = ContextVar("replicate_proxy_mw.request_span", default=None)
 
 
 def current() -> RequestSpan | None:
-    return _current.get(None)
+    return _current.get()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +105,13 @@ class RequestSpan:
         self.traceparent = traceparent(span_context)
         self.id = f"{random.getrandbits(128):032x}" if self.traceparent is None else self.traceparent[3:35]
         self._scope, self._template, self._is_server = scope, template, is_server
-        self._afterwards, self._story = afterwards, story
+        self.afterwards, self._story = afterwards, story
         self._told: Attributes = {}
         self._started = perf_counter()
 
     def __enter__(self) -> RequestSpan:
-        if self.observes:
-            self._above = _current.set(self)
+        # None of another proxy's, which this one may be within.
+        self._above = _current.set(self if self.observes else None)
         if self.traceparent is not None:
             self._attached = context.attach(trace.set_span_in_context(self.span))
         if self.instruments is not None:
@@ -154,9 +154,9 @@ class RequestSpan:
         seconds = perf_counter() - self._started
         if self._attached is not None:
             context.detach(self._attached)
+        _current.reset(self._above)
         if not self.observes:
             return
-        _current.reset(self._above)
         if error is not None:
             self._fail(error)
         self._conclude()
@@ -173,11 +173,11 @@ class RequestSpan:
             self.end()
         else:
             # First, since what else there is to do may take all the time that there is.
-            self._afterwards.insert(0, partial(self._story, self))
+            self.afterwards.insert(0, partial(self._story, self))
 
     def _fail(self, error: BaseException) -> None:
         """There is no answer, or only a part of one."""
-        if isinstance(error, UpstreamAborted):
+        if isinstance(error, (ClientDisconnected, UpstreamAborted)):
             self.outcome, self._error_type = error.outcome, error.code
         elif isinstance(error, Exception):
             self.outcome, self._error_type = "bad_request", "host_error"
@@ -185,12 +185,11 @@ class RequestSpan:
             self.outcome, self._error_type = "client_disconnected", "cancelled"
 
     def _conclude(self) -> None:
-        if self.status == ClientDisconnected.status:
-            self.status = None
         if self._error_type is None and self.status is not None and self.status >= 500:
             self._error_type = str(self.status)
         if self._error_type == ClientDisconnected.code:
-            self._error_type = None
+            # 499 is only for a host that insists on an answer.
+            self._error_type, self.status = None, None if self.status == ClientDisconnected.status else self.status
         elif self.recording and (not self.complete or self.status is None or self.status >= 500):
             self.span.set_status(StatusCode.ERROR)
 

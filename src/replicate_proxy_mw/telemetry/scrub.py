@@ -82,6 +82,8 @@ class Scrubber:
 
     def with_secret(self, secret: str) -> Scrubber:
         """One that knows `secret`, too."""
+        if len(secret) < MIN_SECRET:
+            return self
         more = Scrubber(())
         more._secrets, more._heads = (*self._secrets, secret), (*self._heads, secret[:_HEAD])
         return more

@@ -49,7 +49,7 @@ class Telemetry:
         tracer_provider, meter_provider: by default OpenTelemetry's global ones.
 
     Raises:
-        ValueError: prices or `capture_content` are not such.
+        ValueError: `prices` or `capture_content` is not what it should be.
     """
 
     def __init__(

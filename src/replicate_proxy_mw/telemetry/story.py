@@ -6,8 +6,8 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -23,11 +23,10 @@ from .prediction import Prediction
 from .prices import Cost, PriceList
 from .request import RequestSpan, Sighting
 
-# A stream's end comes without times and usage, and a webhook may be faster than the answer to a create that waits: for
-# so many seconds, whoever knows more may tell.
-STREAM_GRACE = 2.0
+# Seconds in which somebody else may know more of a prediction that has ended.
+GRACE = 2.0
 
-# Predictions that the store does not know, and whose end was told by this process.
+# Predictions whose end was told by this process.
 MAX_OBSERVED = 10_000
 
 # Bytes of what is kept until the end.
@@ -65,16 +64,24 @@ class Details:
     capture: bool = False
 
     def text(self) -> str:
-        """At most 2 KiB: where metadata is longer, all but the trace id is left off, then that and the model, too."""
+        """At most 2 KiB: where metadata is longer, all but the trace id is left off; then all names are."""
         caller = self.caller or {}
-        text = self._text(self.model, caller)
+        text = self._text(caller)
         if len(text) > MAX_DETAILS:
-            caller = {name: caller[name] for name in (names.PORTKEY_TRACE_ID,) if name in caller}
-            text = self._text(self.model, caller)
-        return text if len(text) <= MAX_DETAILS else self._text(None, {})
+            text = self._text({name: caller[name] for name in (names.PORTKEY_TRACE_ID,) if name in caller})
+        if len(text) > MAX_DETAILS:
+            text = replace(self, model=None, version=None, deployment=None)._text({})
+        return text
 
-    def _text(self, model: str | None, caller: Mapping[str, str]) -> str:
-        known = {"model": model, "created_at": self.created_at, "caller": caller, "capture": self.capture}
+    def _text(self, caller: Mapping[str, str]) -> str:
+        known = {
+            "model": self.model,
+            "version": self.version,
+            "deployment": self.deployment,
+            "created_at": self.created_at,
+            "caller": caller,
+            "capture": self.capture,
+        }
         return _json({name: value for name, value in known.items() if value})
 
     @classmethod
@@ -135,34 +142,31 @@ class Story:
         """Tell what `request` has seen, and end its span: the answer has left."""
         sighting = request.sighting
         assert sighting is not None
-        stored, waits = None, sighting.by == "stream"
+        seen = _Seen(None)
         try:
-            stored = await self._stored(sighting, request)
-            waits = waits or (sighting.by == "webhook" and stored is None)
-            self._link(stored, sighting, request)
-            if not waits:
-                await self._end(stored, sighting, request)
+            seen = await self._look(sighting, request)
+            self._link(seen.stored, sighting, request)
         finally:
             request.end()
-        is_told = stored is not None and stored.reported
-        if waits and not is_told and sighting.prediction is not None and sighting.prediction.is_final:
-            await anyio.sleep(STREAM_GRACE)
-            if stored is None:
-                stored = await self._stored(sighting, request)
-            await self._end(stored, sighting, request)
-
-    async def _stored(self, sighting: Sighting, request: RequestSpan) -> StoredPrediction | None:
-        """What the store has, after what was seen is added; None if it is out of order, which has been logged."""
         prediction = sighting.prediction
-        with suppress(StoreFailed):
+        if prediction is None or not prediction.is_final or (seen.stored is not None and seen.stored.reported):
+            return
+        # After what layers have to do: the host's prices may take their time.
+        request.afterwards.append(partial(self._end, seen, sighting, prediction, request))
+
+    async def _look(self, sighting: Sighting, request: RequestSpan) -> _Seen:
+        """What the store has, after what was seen is added."""
+        prediction = sighting.prediction
+        try:
             if sighting.by == "create" and prediction is not None:
                 created = self._created(prediction, request)
                 await self._ledger.call(lambda store: store.put(prediction.id, created))
-                return created
+                return _Seen(created)
             if sighting.by == "poll" and prediction is not None:
-                return await self._ledger.call(lambda store: store.read(prediction.id, prediction.status))
-            return (await self._ledger.call(lambda store: store.get([sighting.id]))).get(sighting.id)
-        return None
+                return _Seen(await self._ledger.call(lambda store: store.read(prediction.id, prediction.status)))
+        except StoreFailed:
+            return _Seen(None, failed=True)
+        return await self._known(sighting.id)
 
     def _created(self, prediction: Prediction, request: RequestSpan) -> StoredPrediction:
         details = Details(
@@ -183,59 +187,72 @@ class Story:
     def _link(self, stored: StoredPrediction | None, sighting: Sighting, request: RequestSpan) -> None:
         if stored is None or sighting.by == "create":
             return
-        if (created := _span_context(stored.traceparent)) is not None and request.recording:
+        if (created := _span_context(stored.traceparent)) is not None:
             request.span.add_link(created)
         prediction = sighting.prediction
         # What was just created is starting, if nobody has looked.
         if sighting.by == "poll" and prediction is not None and prediction.status != (stored.status or "starting"):
             request.notes[names.TRANSITION] = True
 
-    async def _end(self, stored: StoredPrediction | None, sighting: Sighting, request: RequestSpan) -> None:
-        """Tell the run, if this is its end and it has not been told."""
-        prediction = sighting.prediction
-        if prediction is None or not prediction.is_final or (stored is not None and stored.reported):
+    async def _end(self, seen: _Seen, sighting: Sighting, prediction: Prediction, request: RequestSpan) -> None:
+        """Tell the run, unless it has been told."""
+        early = seen.stored is None and not seen.failed
+        if early and prediction.id in self._observed:
             return
-        claimed = None
+        if sighting.by == "stream" or (early and sighting.by != "create"):
+            # A stream's end comes without times and usage; an answer may be faster than the create's own record.
+            await anyio.sleep(GRACE)
+        if early:
+            seen = await self._known(prediction.id)
+        run = self._run(seen.stored, sighting, prediction, request)
+        cost = None if self._prices is None else await self._prices.estimate(run.prediction, tenant=run.tenant)
+        # Claimed last: whoever is stopped before it leaves the run to the next who asks.
         try:
             claimed = await self._ledger.call(lambda store: store.claim(prediction.id))
         except StoreFailed:
-            stored = None
-        if claimed is not None:
-            await self._report(_of_store(claimed, sighting, prediction, request), request)
-        elif stored is None and self._first_seen(prediction.id):
+            claimed, seen = None, _Seen(None)
+        # Of one that it created, nobody else knows.
+        doubtful = seen.failed and sighting.by != "create"
+        if claimed is None and (seen.stored is not None or doubtful or prediction.id in self._observed):
+            return
+        self._report(self._run(claimed, sighting, prediction, request), cost, request)
+
+    async def _known(self, id: str) -> _Seen:
+        try:
+            return _Seen((await self._ledger.call(lambda store: store.get([id]))).get(id))
+        except StoreFailed:
+            return _Seen(None, failed=True)
+
+    def _run(
+        self, stored: StoredPrediction | None, sighting: Sighting, prediction: Prediction, request: RequestSpan
+    ) -> _Run:
+        if stored is None:
             # Nothing is known of the create, not even whether its caller minds content being captured.
-            run = _Run(
+            return _Run(
                 prediction=prediction,
                 sighting=sighting,
                 below=request.span,
                 tenant=request.tenant,
                 caller=request.labels,
             )
-            await self._report(run, request)
+        return _of_store(stored, sighting, prediction, request)
 
-    def _first_seen(self, id: str) -> bool:
-        if id in self._observed:
-            return False
-        self._observed[id] = None
+    def _report(self, run: _Run, cost: Cost | None, request: RequestSpan) -> None:
+        # While the store was out of order, this process may have told it already.
+        is_told = run.prediction.id in self._observed
+        self._observed[run.prediction.id] = None
         if len(self._observed) > MAX_OBSERVED:
             self._observed.popitem(last=False)
-        return True
-
-    async def _report(self, run: _Run, request: RequestSpan) -> None:
-        prediction = run.prediction
-        cost = None if self._prices is None else await self._prices.estimate(prediction, tenant=run.tenant)
-        # While the store was out of order, this process may have told it already.
-        is_told = run.polls is not None and prediction.id in self._observed
         span = request.span if is_told else self._span(run, cost, request)
         if request.instruments is not None and run.polls is not None:
             request.instruments.run(
-                prediction,
+                run.prediction,
                 cost,
                 tenant=None if run.tenant is None else request.scrub(run.tenant),
                 observed_by=run.sighting.by,
                 lag=run.lag,
                 polls=run.polls,
-                error_type=_ERRORS.get(prediction.status),
+                error_type=_ERRORS.get(run.prediction.status),
                 span=span,
             )
 
@@ -272,6 +289,14 @@ class Story:
             for name, value in ((names.INPUT, run.prediction.input), (names.OUTPUT, run.prediction.output))
             if value is not None
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the store has of a prediction, and whether it could not be asked."""
+
+    stored: StoredPrediction | None
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
