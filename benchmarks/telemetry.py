@@ -43,7 +43,7 @@ from replicate_proxy_mw.telemetry import Telemetry
 
 TOKEN = "r8_0000000000000000000000000000"
 KEY = ReplicateKey(TOKEN, tenant="team-a")
-BATCH, ROUNDS = 100, 80
+BATCH, ROUNDS = 100, 60
 INPUT = {"prompt": "an astronaut on a horse, " * 8, "seed": 42, "guidance": 7.5}
 BODY = json.dumps({"input": INPUT}).encode()
 PRICES = {"acme/painter": Rates(per_second=0.000725)}

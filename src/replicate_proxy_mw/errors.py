@@ -72,7 +72,7 @@ class WebhookUnsigned(ProxyError):
     status = 400
     code = "webhook_unsigned"
     outcome = "auth_missing"
-    message = "A webhook has one each of the headers webhook-id, webhook-timestamp and webhook-signature."
+    message = "A webhook needs exactly one each of webhook-id, webhook-timestamp and webhook-signature."
 
 
 class KeyMissing(ProxyError):
@@ -99,7 +99,7 @@ class WebhookUnverified(ProxyError):
     status = 401
     code = "webhook_unverified"
     outcome = "auth_invalid"
-    message = "This webhook has no signature that is right."
+    message = "No signature of this webhook is right."
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message, headers=_SIGNED)

@@ -53,7 +53,7 @@ AFTERWARDS_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0
 
 # An endpoint of our own: what it does for a request before it is watched, and then.
-_Own = Callable[..., Awaitable[Callable[[], Awaitable[None]]]]
+_Own = Callable[[Mapping[str, Any], RequestBody, Reply, RequestSpan], Awaitable[Callable[[], Awaitable[None]]]]
 
 _CLOSING = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 
@@ -225,7 +225,7 @@ class ReplicateProxyMiddleware:
             failure: Exception | None = None
             try:
                 if own is not None:
-                    relay = await own(scope, path, body, reply, span)
+                    relay = await own(scope, body, reply, span)
                 else:
                     request = await self._admit(scope, path, route, body, span, afterwards)
                     request = replace(request, repaired_path=repaired) if repaired else request
@@ -244,7 +244,7 @@ class ReplicateProxyMiddleware:
     def _route(self, scope: Mapping[str, Any], path: str) -> tuple[routing.Route, _Own | None]:
         """Where a request goes, and what answers it if that is not Replicate's API."""
         if self._streams is not None and stream_urls.is_meant(path):
-            return routing.STREAM, partial(self._stream, self._streams)
+            return routing.STREAM, partial(self._stream, self._streams, path)
         if self._webhooks is not None and path == routing.WEBHOOK.template:
             return routing.WEBHOOK, partial(self._webhook, self._webhooks)
         return routing.match(scope["method"], path), None
@@ -323,8 +323,8 @@ class ReplicateProxyMiddleware:
     async def _stream(
         self,
         streams: StreamEndpoint,
-        scope: Mapping[str, Any],
         path: str,
+        scope: Mapping[str, Any],
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,
@@ -355,7 +355,6 @@ class ReplicateProxyMiddleware:
         self,
         webhooks: WebhookEndpoint,
         scope: Mapping[str, Any],
-        path: str,
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,

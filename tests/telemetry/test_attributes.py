@@ -31,7 +31,7 @@ def _attempt(method: str, target: str, upstream: str = "https://api.replicate.co
         scope={},
         **more,
     )
-    return attributes.of_attempt(request, Origin.of(upstream), attributes.gen_ai_operation(request.route))
+    return attributes.of_attempt(request, Origin.of(upstream))
 
 
 def _said(context: PortkeyContext, scrub: Scrubber = BARE) -> tuple[Attributes, Attributes]:

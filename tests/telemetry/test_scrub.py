@@ -153,12 +153,6 @@ def test_the_beginning_of_a_secret_is_replaced_where_a_text_was_cut() -> None:
     assert scrub("id/" + quote(SECRET, safe="")[:-4]) == "id/REDACTED%3"
 
 
-def test_a_text_that_is_cut_here_keeps_no_half_of_a_secret() -> None:
-    assert Scrubber([SECRET])("12345" + SECRET, 10) == "12345REDAC"
-    assert BARE("0123456789", 4) == "0123"
-    assert BARE("0123456789", 20) == "0123456789"
-
-
 def test_secrets_within_and_across_each_other_are_one() -> None:
     scrub = Scrubber(["secret-one", "secret-one-and-two", "and-two-three", "one-"])
     assert scrub("a secret-one-and-two-three b one-c") == "a REDACTED b REDACTEDc"
@@ -225,6 +219,8 @@ def test_it_does_not_show_its_secrets() -> None:
         "hf_token",
         "HF_TOKEN",
         "APIKey",
+        "DBPassword",
+        "JWTSecret",
         "x.password",
         "Cookies",
         "authToken",
@@ -251,10 +247,9 @@ SECRETS = st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=126), m
 def test_no_secret_is_left_whatever_is_around_it(secrets: list[str], around: list[str], limit: int) -> None:
     text = around[0] + "".join(secret + between for secret, between in zip(secrets, around[1:], strict=False))
     scrub = Scrubber(secrets)
-    for shown in (scrub(text), scrub(text, limit), scrub(text[:limit]), scrub(quote(text.encode("utf-8", "replace")))):
+    for shown in (scrub(text), scrub(text[:limit]), scrub(quote(text.encode("utf-8", "replace")))):
         shown.encode()
         assert not any(secret in shown for secret in secrets)
-    assert len(scrub(text, limit)) <= limit
 
 
 @settings(deadline=None)

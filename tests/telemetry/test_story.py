@@ -102,7 +102,7 @@ class Teller:
         )
         with span:
             span.tenant, span.portkey = tenant, PortkeyContext(debug=debug)
-            span.labels |= said or {}
+            span.said |= said or {}
             span.sighting = Sighting(prediction.id if prediction else id, "prediction", by, prediction, at)
         for afterward in afterwards:
             await afterward()

@@ -52,6 +52,10 @@ MAX_UNVERIFIED = 8 * MAX_SIZE
 # Seconds for a body to arrive; senders give the whole exchange 15 to 30 (Standard Webhooks, "Request timeouts").
 READ_TIMEOUT = 15.0
 
+# Seconds that a delivery's time may be from now, as every library for Standard Webhooks has it. An id is remembered for
+# twice as long, since what is older fails by its time.
+TOLERANCE = 300.0
+
 # About 25 MB. Only ids that a signature has proved are remembered, so that no stranger can have one forgotten.
 MAX_REMEMBERED = 100_000
 
@@ -104,8 +108,6 @@ class WebhookEndpoint:
             exchanged, or for several accounts.
         on_event: the host's; what it raises is answered 500, for Replicate to try again. None to only verify.
         timeout: seconds for `on_event`.
-        tolerance: seconds that a delivery's time may be from now, as every library for Standard Webhooks has it. An id
-            is remembered for twice as long, since what is older fails by its time.
         ledger: its store is where other processes look, too; it has an entry for each id then. None where there are
             none: memory of this process is enough.
         now: seconds since the epoch.
@@ -120,7 +122,6 @@ class WebhookEndpoint:
         secrets: Sequence[str],
         on_event: OnWebhook | None,
         timeout: float,
-        tolerance: float = 300.0,
         ledger: Ledger | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -136,9 +137,7 @@ class WebhookEndpoint:
             raise ValueError(f"webhook_secrets: each must be 'whsec_' and base64 of {_MIN_KEY} bytes or more")
         if not timeout > 0:
             raise ValueError("webhook_timeout: must be more than 0 seconds")
-        if not tolerance > 0:
-            raise ValueError("webhook_tolerance: must be more than 0 seconds")
-        self._on_event, self._timeout, self._tolerance = on_event, timeout, tolerance
+        self._on_event, self._timeout = on_event, timeout
         self._ledger, self._now = ledger, now
         self._unverified = 0
         self._taken: OrderedDict[str, float] = OrderedDict()
@@ -182,7 +181,7 @@ class WebhookEndpoint:
             raise BadRequest("The webhook-timestamp header is not a number of seconds.")
         if len(signatures) > _MAX_SIGNATURES:
             raise BadRequest("The webhook-signature header is too long.")
-        if abs(self._now() - int(timestamp)) > self._tolerance:
+        if abs(self._now() - int(timestamp)) > TOLERANCE:
             raise WebhookUnverified("The time of this delivery is too far from now.")
         # Others may be of a later version, and are not for us to judge.
         known = [signature for signature in signatures.split(b" ") if _SIGNATURE.fullmatch(signature)]
@@ -258,7 +257,7 @@ class WebhookEndpoint:
             self._taken.popitem(last=False)
         if len(self._taken) >= MAX_REMEMBERED:
             self._taken.popitem(last=False)
-        self._taken[key] = now + 2 * self._tolerance
+        self._taken[key] = now + 2 * TOLERANCE
         if self._ledger is not None:
             with contextlib.suppress(StoreFailed):  # the host has it, and this process knows
                 await self._ledger.call(lambda store: store.put(key, StoredPrediction(tenant=None)))

@@ -43,14 +43,13 @@ def attempts(forward: Forward, *, tracer: Tracer, origin: Origin, propagate: boo
             return await unobserved(forward(request))
         above.forwarded(request)
         route = request.route
-        gen_ai = attributes.gen_ai_operation(route)
-        known = attributes.of_attempt(request, origin, gen_ai)
+        known = attributes.of_attempt(request, origin)
         span = tracer.start_span(
             attributes.span_name(request.method, origin.path + route.template),
             kind=SpanKind.CLIENT,
-            attributes=attributes.scrubbed(known, above.scrub) | above.labels,
+            attributes=above.shown(known),
         )
-        observed = Attempt(span, above, known, gen_ai=gen_ai, about=_about(route))
+        observed = Attempt(span, above, known, about=_about(route))
         if request.resend_count and above.instruments is not None and above.waiting is not None:
             above.instruments.retry(above.failure or names.OTHER)
             # The pause was for Replicate's sake.
@@ -97,7 +96,6 @@ class Attempt:
 
     Args:
         known: what its span was begun with.
-        gen_ai: the convention's name of the operation, None where it has none.
         about: what the answer is about, None where it is not looked at.
         events: scans the answer, where it is a stream of events.
     """
@@ -108,12 +106,11 @@ class Attempt:
         above: RequestSpan,
         known: Attributes,
         *,
-        gen_ai: str | None,
         about: Sighting | None,
         events: EventScanner | None = None,
     ) -> None:
         self._span, self._above, self._known = span, above, known
-        self._gen_ai, self._about, self._events = gen_ai, about, events
+        self._about, self._events = about, events
         self._sent: _Counted | None = None
         self._length = 0
         self._received: _Received | None = None
@@ -226,9 +223,9 @@ class Attempt:
         if error_type is not None:
             labels[names.ERROR_TYPE] = error_type
         instruments.attempt(seconds, labels)
-        if self._gen_ai == "create_prediction":
+        if self._known.get(names.GEN_AI_OPERATION_NAME) == "create_prediction":
             model = None if prediction is None else prediction.model
-            instruments.gen_ai(self._gen_ai, seconds, model=model, error_type=error_type)
+            instruments.gen_ai("create_prediction", seconds, model=model, error_type=error_type)
 
 
 class _Counted:

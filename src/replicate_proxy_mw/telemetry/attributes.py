@@ -148,7 +148,7 @@ def of_caller(portkey: PortkeyContext, metadata: Mapping[str, str] | None) -> At
     return attributes
 
 
-def of_attempt(request: ProxyRequest, origin: Origin, gen_ai: str | None) -> Attributes:
+def of_attempt(request: ProxyRequest, origin: Origin) -> Attributes:
     """What is known of an attempt when it starts."""
     attributes: Attributes = {
         names.HTTP_REQUEST_METHOD: method(request.method),
@@ -159,7 +159,7 @@ def of_attempt(request: ProxyRequest, origin: Origin, gen_ai: str | None) -> Att
     }
     if request.resend_count:
         attributes[names.HTTP_REQUEST_RESEND_COUNT] = request.resend_count
-    if gen_ai is not None:
+    if (gen_ai := _gen_ai_operation(request.route)) is not None:
         attributes[names.GEN_AI_PROVIDER_NAME] = "replicate"
         attributes[names.GEN_AI_OPERATION_NAME] = gen_ai
         if request.route.model is not None:
@@ -169,7 +169,7 @@ def of_attempt(request: ProxyRequest, origin: Origin, gen_ai: str | None) -> Att
     return attributes
 
 
-def gen_ai_operation(route: Route) -> str | None:
+def _gen_ai_operation(route: Route) -> str | None:
     """The convention's name for what is done with a prediction; it has none for the rest of the API."""
     operation = route.details
     if operation is None:

@@ -58,7 +58,7 @@ class RequestSpan:
         instruments: what is counted with, None where nothing is.
         waiting: what is spent waiting is counted here; None where nobody counts.
         scrub: what every text passes that goes out from here.
-        labels: what the caller says of itself, on all spans of its request.
+        said: what the caller says of itself, on all spans of its request.
         notes: what layers have to say, by names of the registry.
         outcome: a word of the list in `errors`; `forwarded` where Replicate answered, `answered` where a layer did.
         status: the status that went out; None if none did.
@@ -99,7 +99,7 @@ class RequestSpan:
         self.observes = self.recording or instruments is not None
         self.waiting = None if instruments is None else Waiting()
         self.scrub = Scrubber.of(scope["headers"]) if self.observes else BARE
-        self.labels: Attributes = {}
+        self.said: Attributes = {}
         self.notes: dict[str, bool | int | float | str] = {}
         span_context = span.get_span_context()
         self.traceparent = traceparent(span_context)
@@ -111,7 +111,7 @@ class RequestSpan:
 
     def __enter__(self) -> RequestSpan:
         # None of another proxy's, which this one may be within.
-        self._above = _current.set(self if self.observes else None)
+        self._token = _current.set(self if self.observes else None)
         if self.traceparent is not None:
             self._attached = context.attach(trace.set_span_in_context(self.span))
         if self.instruments is not None:
@@ -127,7 +127,7 @@ class RequestSpan:
         self.portkey = portkey
         if self.recording:
             metadata = attributes.metadata(portkey, self.scrub)
-            self.labels = attributes.of_portkey(portkey, metadata, self.scrub)
+            self.said = attributes.of_portkey(portkey, metadata, self.scrub)
             self._told |= attributes.of_caller(portkey, metadata)
 
     def resolved(self, key: ReplicateKey) -> None:
@@ -149,12 +149,21 @@ class RequestSpan:
         self.outcome = error.outcome
         self._error_type = error.code
 
+    @property
+    def may_capture(self) -> bool:
+        """Whether the caller has nothing against its content being shown."""
+        return self.portkey is None or self.portkey.debug is not False
+
+    def shown(self, told: Attributes) -> Attributes:
+        """`told` as it stands on a span of this request, with what the caller says of itself."""
+        return attributes.scrubbed(told, self.scrub) | self.said
+
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._ended_at = time.time_ns()
         seconds = perf_counter() - self._started
         if self._attached is not None:
             context.detach(self._attached)
-        _current.reset(self._above)
+        _current.reset(self._token)
         if not self.observes:
             return
         if error is not None:
@@ -221,7 +230,7 @@ class RequestSpan:
         if self.sighting is not None and self.sighting.prediction is not None:
             told |= attributes.of_prediction(self.sighting.prediction)
         told |= self.notes
-        self.span.set_attributes(attributes.scrubbed(told, self.scrub) | self.labels)
+        self.span.set_attributes(self.shown(told))
         self.span.end(self._ended_at)
 
 

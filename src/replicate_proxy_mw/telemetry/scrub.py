@@ -91,8 +91,8 @@ class Scrubber:
     def __repr__(self) -> str:
         return f"Scrubber({len(self._secrets)} secrets)"
 
-    def __call__(self, text: str, limit: int | None = None) -> str:
-        """`text` without secrets, valid in UTF-8, then cut to `limit` characters.
+    def __call__(self, text: str) -> str:
+        """`text` without secrets, valid in UTF-8.
 
         A text that was cut before may end within a secret: 8 characters of a known one are replaced there, too.
         """
@@ -118,7 +118,7 @@ class Scrubber:
             text = _PARAMETER.sub(rf"\1={REDACTED}", text)
         if (" " in text or "%20" in text) and _has_any(_SCHEMES, text):
             text = _SCHEME.sub(rf"\1{REDACTED}", text)
-        return text if limit is None else text[:limit]
+        return text
 
     def without_known(self, text: str) -> str:
         """`text` without the known secrets, as they are."""

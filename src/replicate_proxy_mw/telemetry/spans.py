@@ -140,11 +140,9 @@ class Telemetry:
         if not above.observes:
             return await attempt.unobserved(fetching)
         known = attributes.of_stream(host=host, port=port, prediction_id=prediction_id)
-        span = self._tracer.start_span(
-            "GET", kind=SpanKind.CLIENT, attributes=attributes.scrubbed(known, above.scrub) | above.labels
-        )
+        span = self._tracer.start_span("GET", kind=SpanKind.CLIENT, attributes=above.shown(known))
         about = Sighting(prediction_id, "prediction", "stream")
-        observed = Attempt(span, above, known, gen_ai="fetch_response", about=about, events=EventScanner())
+        observed = Attempt(span, above, known, about=about, events=EventScanner())
         return await observed.run(fetching)
 
     def delivered(self, above: RequestSpan, payload: Mapping[str, Any]) -> None:

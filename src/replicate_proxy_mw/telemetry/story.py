@@ -174,8 +174,8 @@ class Story:
             version=prediction.version,
             deployment=prediction.deployment,
             created_at=prediction.created_at,
-            caller={name: str(value) for name, value in request.labels.items()},
-            capture=request.portkey is None or request.portkey.debug is not False,
+            caller={name: str(value) for name, value in request.said.items()},
+            capture=request.may_capture,
         )
         return StoredPrediction(
             tenant=request.tenant,
@@ -233,7 +233,7 @@ class Story:
                 sighting=sighting,
                 below=request.span,
                 tenant=request.tenant,
-                caller=request.labels,
+                caller=request.said,
             )
         return _of_store(stored, sighting, prediction, request)
 
@@ -367,7 +367,7 @@ def _of_store(claimed: StoredPrediction, sighting: Sighting, prediction: Predict
         tenant=claimed.tenant,
         caller=details.caller or {},
         polls=claimed.reads,
-        capture=details.capture and (request.portkey is None or request.portkey.debug is not False),
+        capture=details.capture and request.may_capture,
     )
 
 
