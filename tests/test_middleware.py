@@ -35,6 +35,7 @@ from replicate_proxy_mw.testing.webhooks import sign
 from tests.raw_asgi import KEY, TOKEN, Arriving, Caller, call, host, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream, answer_all
 from tests.tenants import HELLO_WORLD, Switched
+from tests.webhooks import Host
 
 pytestmark = pytest.mark.anyio
 
@@ -1083,19 +1084,6 @@ async def test_nothing_runs_afterwards_of_what_no_layer_has_seen(upstream: RawUp
 SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 OTHER_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 DELIVERY = b'{"id": "p1", "status": "succeeded"}'
-
-
-class Host:
-    """The host's callback: what it got. It raises each of `failures` first."""
-
-    def __init__(self, *failures: Exception) -> None:
-        self.events: list[WebhookEvent] = []
-        self.failures = list(failures)
-
-    async def __call__(self, event: WebhookEvent) -> None:
-        self.events.append(event)
-        if self.failures:
-            raise self.failures.pop(0)
 
 
 def _taking(upstream: str, on_webhook: Any, **more: Any) -> Any:

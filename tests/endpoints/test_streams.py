@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import anyio
@@ -33,6 +32,7 @@ from replicate_proxy_mw.testing import FakeReplicate
 from replicate_proxy_mw.upstream import BoundedTransport
 from tests.raw_asgi import Arriving
 from tests.raw_upstream import Connection, RawUpstream
+from tests.tracebacks import locals_of
 
 KEY = "a-key-that-all-replicas-have-in-common"
 URL = "https://stream.replicate.com/v1/files/bcwr-3okdfv3o2wehstv5f2okyftwxy57hhypqsi6osiim5iaq5k7u24a"
@@ -67,17 +67,6 @@ def signed(made: StreamEndpoint, url: str = URL) -> str:
 
 async def opened(made: StreamEndpoint, path: str, headers: HeaderList = (), *, method: str = "GET") -> ProxyResponse:
     return await made.fetch(made.find(path=path, method=method), headers)
-
-
-def locals_of(error: BaseException) -> str:
-    """The locals of the package's own frames, as an error tracker would show them."""
-    shown = []
-    traceback: TracebackType | None = error.__traceback__
-    while traceback is not None:
-        if "/replicate_proxy_mw/" in traceback.tb_frame.f_code.co_filename:
-            shown.append(repr(dict(traceback.tb_frame.f_locals)))
-        traceback = traceback.tb_next
-    return "\n".join(shown)
 
 
 def shows_nothing(error: BaseException, *secrets: str) -> bool:

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any
 
 import anyio
@@ -39,27 +38,17 @@ from replicate_proxy_mw.ingress import RequestBody, while_connected
 from replicate_proxy_mw.store import Ledger, MemoryPredictionStore, StoredPrediction
 from replicate_proxy_mw.testing import FakeReplicate, ManualClock
 from replicate_proxy_mw.testing.webhooks import sign
+from tests.tracebacks import locals_of
 
 # the example of the Standard Webhooks specification, and that of Replicate's client for Python
+from tests.webhooks import Host
+
 SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 OTHER = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 NOW = 1_790_000_000
 STREAM = "https://stream.replicate.com/v1/files/opaque"
 BODY = json.dumps({"id": "p1", "status": "succeeded", "urls": {"stream": STREAM}}).encode()
 VERSION = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
-
-
-class Host:
-    """The host's callback: what it got. It raises each of `failures` first."""
-
-    def __init__(self, *failures: Exception) -> None:
-        self.events: list[WebhookEvent] = []
-        self.failures = list(failures)
-
-    async def __call__(self, event: WebhookEvent) -> None:
-        self.events.append(event)
-        if self.failures:
-            raise self.failures.pop(0)
 
 
 class Clock:
@@ -100,17 +89,6 @@ async def deliver(
 async def unread() -> AsyncIterator[bytes]:
     raise AssertionError("the body was not to be read")
     yield b""
-
-
-def locals_of(error: BaseException) -> str:
-    """The locals of the package's own frames, as an error tracker would show them."""
-    shown = []
-    traceback: TracebackType | None = error.__traceback__
-    while traceback is not None:
-        if "/replicate_proxy_mw/" in traceback.tb_frame.f_code.co_filename:
-            shown.append(repr(dict(traceback.tb_frame.f_locals)))
-        traceback = traceback.tb_next
-    return "\n".join(shown)
 
 
 @pytest.mark.anyio

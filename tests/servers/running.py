@@ -22,6 +22,20 @@ SERVERS = {
 }
 
 
+def wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+    """Return once `process` listens."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError(f"the server did not start: {process.communicate()[0].decode()}") from None
+            time.sleep(0.05)
+
+
 @contextmanager
 def running(server: str, upstream: str) -> Iterator[int]:
     """Run one of `SERVERS` with the proxy in front of `upstream`; yields its port once it listens."""
@@ -32,16 +46,7 @@ def running(server: str, upstream: str) -> Iterator[int]:
         command, env=os.environ | {"UPSTREAM": upstream}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    raise AssertionError(f"{server} did not start: {process.communicate()[0].decode()}") from None
-                time.sleep(0.05)
+        wait_for(process, port)
         yield port
     finally:
         process.send_signal(signal.SIGINT if server.startswith("hypercorn") else signal.SIGTERM)

@@ -35,6 +35,7 @@ from replicate_proxy_mw.testing.serve import serve
 from tests.otlp import ExportedSpan, Point, tree
 from tests.raw_asgi import KEY, TOKEN, Caller, http_scope
 from tests.raw_upstream import Connection, RawUpstream
+from tests.servers.running import wait_for
 from tests.services import RedisServer
 from tests.telemetry import scenarios
 from tests.telemetry.scenarios import CALLER, LLAMA, QUEUE, RUN, Stage, id_of, kind, stream_of, told
@@ -610,16 +611,7 @@ def _process(upstream: str, redis: str, collector: str) -> Iterator[str]:
         stderr=subprocess.STDOUT,
     )
     try:
-        deadline = time.monotonic() + 15
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    raise AssertionError(process.communicate()[0].decode()) from None
-                time.sleep(0.05)
+        wait_for(process, port)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

@@ -54,12 +54,14 @@ class RequestSpan:
     Attributes:
         id: the trace id in hex, or a random one where there is no trace: what a caller can report.
         traceparent: this span's (W3C Trace Context, section 3.2), None where there is no trace.
+        recording: whether `span` is.
         observes: whether anybody wants to know; else nothing is looked at.
         instruments: what is counted with, None where nothing is.
         waiting: what is spent waiting is counted here; None where nobody counts.
         scrub: what every text passes that goes out from here.
         said: what the caller says of itself, on all spans of its request.
         notes: what layers have to say, by names of the registry.
+        portkey, tenant: the caller, as far as it is known.
         outcome: a word of the list in `errors`; `forwarded` where Replicate answered, `answered` where a layer did.
         status: the status that went out; None if none did.
         request_size, response_size: bytes of body, read and sent.
