@@ -633,6 +633,7 @@ async def test_two_servers_with_a_redis(stage: Stage, redis_service: RedisServer
             content = {"version": HELLO_WORLD, "input": {"text": "Ada"}}
             answer = await client.post(f"{a}/v1/predictions", json=content, headers=dict(_text(CALLER)))
             id = answer.json()["id"]
+            stage.sink.wait(2)  # and with them its record, which polls may overtake
             stage.fake.clock.advance(QUEUE + RUN)
             async with anyio.create_task_group() as tasks:
                 for url in (a, b) * 2:
