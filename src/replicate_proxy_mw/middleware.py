@@ -52,8 +52,9 @@ AFTERWARDS_TIMEOUT = 10.0
 # For closing an upstream connection when everything else has ended: it must not hold up the host.
 CLOSE_TIMEOUT = 1.0
 
-# An endpoint of our own: what it does for a request before it is watched, and then.
-_Own = Callable[[Mapping[str, Any], RequestBody, Reply, RequestSpan], Awaitable[Callable[[], Awaitable[None]]]]
+# An endpoint of our own: what it does for a request before it is watched, and then. The path is handed over, not bound:
+# that of a stream may be read by whoever has it, and a traceback shows what is bound.
+_Own = Callable[[Mapping[str, Any], str, RequestBody, Reply, RequestSpan], Awaitable[Callable[[], Awaitable[None]]]]
 
 _CLOSING = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 
@@ -225,7 +226,7 @@ class ReplicateProxyMiddleware:
             failure: Exception | None = None
             try:
                 if own is not None:
-                    relay = await own(scope, body, reply, span)
+                    relay = await own(scope, path, body, reply, span)
                 else:
                     request = await self._admit(scope, path, route, body, span, afterwards)
                     request = replace(request, repaired_path=repaired) if repaired else request
@@ -244,7 +245,7 @@ class ReplicateProxyMiddleware:
     def _route(self, scope: Mapping[str, Any], path: str) -> tuple[routing.Route, _Own | None]:
         """Where a request goes, and what answers it if that is not Replicate's API."""
         if self._streams is not None and stream_urls.is_meant(path):
-            return routing.STREAM, partial(self._stream, self._streams, path)
+            return routing.STREAM, partial(self._stream, self._streams)
         if self._webhooks is not None and path == routing.WEBHOOK.template:
             return routing.WEBHOOK, partial(self._webhook, self._webhooks)
         return routing.match(scope["method"], path), None
@@ -323,8 +324,8 @@ class ReplicateProxyMiddleware:
     async def _stream(
         self,
         streams: StreamEndpoint,
-        path: str,
         scope: Mapping[str, Any],
+        path: str,
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,
@@ -355,6 +356,7 @@ class ReplicateProxyMiddleware:
         self,
         webhooks: WebhookEndpoint,
         scope: Mapping[str, Any],
+        _path: str,
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,
