@@ -199,6 +199,12 @@ def test_what_looks_like_a_secret_is_replaced_whoever_sent_it(text: str, shown: 
     assert BARE(shown) == shown
 
 
+def test_one_more_secret() -> None:
+    scrub = Scrubber([SECRET]).with_secret("hunter2-hunter2").with_secret("")
+    assert scrub(f"{SECRET} hunter2-hunter2 hunter2-hun") == "REDACTED REDACTED REDACTED"
+    assert Scrubber([SECRET])("hunter2-hunter2") == "hunter2-hunter2"
+
+
 def test_lone_surrogates_are_replaced() -> None:
     assert BARE("ü\ud800ü") == "ü?ü"
 
