@@ -63,7 +63,8 @@ def test_it_runs_on_a_fake_and_shows_each_request_as_a_tree() -> None:
     assert process.returncode == 0
     assert "outcome=forwarded  tenant=team-b  operation=hardware.list" in shown
     assert "generate_content replicate/hello-world" in shown
-    assert "prediction.queue_time=0.2  prediction.run_time=0.6" in shown
+    assert "prediction.queue_time=0.2" in shown
+    assert "prediction.run_time=0.6" in shown
     assert "prediction.cost=0.00006  prediction.cost.currency=USD" in shown
     assert "Traceback" not in shown
 
