@@ -7,7 +7,7 @@ import pytest
 
 from replicate_proxy_mw import ProxyResponse
 from replicate_proxy_mw.egress import Reply, complete, render
-from replicate_proxy_mw.errors import ClientDisconnected, KeyMissing, RequestTimeout
+from replicate_proxy_mw.errors import ClientDisconnected, GuardrailDenied, KeyMissing, RequestTimeout
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.waiting import Waiting
 from tests.raw_asgi import Arriving, Caller
@@ -116,6 +116,14 @@ async def test_the_word_of_portkey_s_gateway_for_a_timeout() -> None:
 def _complete(status: int = 200, *headers: tuple[bytes, bytes], method: str = "POST") -> dict[bytes, bytes]:
     response = ProxyResponse(status=status, headers=headers, body=Chunks([]))
     return dict(complete(response, method=method, trace_id="order-42").headers)
+
+
+async def test_what_an_error_has_to_say_beside() -> None:
+    response = render(GuardrailDenied(hook_results={"before_request_hooks": []}), request_id="r-1")
+    assert response.status == 446
+    content = json.loads(b"".join([chunk async for chunk in response.body]))
+    assert (content["error"]["type"], content["error"]["code"]) == ("hooks_failed", "hooks_failed")
+    assert content["hook_results"] == {"before_request_hooks": []}
 
 
 def test_what_portkey_s_sdks_look_for() -> None:

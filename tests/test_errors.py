@@ -5,7 +5,7 @@ import re
 import pytest
 
 from replicate_proxy_mw import errors
-from replicate_proxy_mw.errors import LimitExceeded, PermissionDenied, ProxyError
+from replicate_proxy_mw.errors import GuardrailDenied, LimitExceeded, PermissionDenied, ProxyError
 
 OUTCOMES = {
     "auth_missing",
@@ -44,3 +44,27 @@ def test_a_reason_replaces_the_text() -> None:
 def test_when_to_come_back() -> None:
     assert LimitExceeded("slow down", retry_after=7).headers == ((b"retry-after", b"7"),)
     assert LimitExceeded().headers == ()
+
+
+@pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
+def test_the_same_for_someone_else(error: type[ProxyError]) -> None:
+    first = error()
+    first.members = {"hook_results": {}}
+    with pytest.raises(error) as raised:
+        raise first
+    other = raised.value.anew()
+    assert type(other) is error
+    assert (other.message, other.headers, other.members) == (first.message, first.headers, first.members)
+    assert str(other) == first.message
+    assert other is not first
+    assert other.__traceback__ is None
+
+
+def test_what_a_guardrail_says_stands_in_its_answer() -> None:
+    results = {"before_request_hooks": [], "after_request_hooks": []}
+    assert GuardrailDenied(hook_results=results).members == {"hook_results": results}
+    assert GuardrailDenied("no").members == {}
+    assert LimitExceeded(retry_after=7, headers=[(b"ratelimit-limit", b"600")]).headers == (
+        (b"retry-after", b"7"),
+        (b"ratelimit-limit", b"600"),
+    )

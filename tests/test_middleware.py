@@ -26,7 +26,7 @@ from replicate_proxy_mw import (
     ReplicateProxyMiddleware,
     StaticKeyResolver,
     WebhookEvent,
-    middleware,
+    ending,
 )
 from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted
 from replicate_proxy_mw.exchange import Chunks
@@ -1044,7 +1044,7 @@ async def test_what_fails_afterwards_is_said_and_keeps_nothing_from_running(
 
 
 async def test_it_has_its_time(upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "AFTERWARDS_TIMEOUT", 0.05)
+    monkeypatch.setattr(ending, "AFTERWARDS_TIMEOUT", 0.05)
     caller = await call(proxy(upstream.url, layers=[_afterwards(anyio.sleep_forever)]), http_scope())
     assert (caller.status, caller.complete) == (200, True)
 

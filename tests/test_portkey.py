@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -251,3 +252,30 @@ def test_whether_content_may_be_logged(text: bytes, debug: bool | None) -> None:
 def test_nobody_forbids_it_by_default() -> None:
     assert portkey.read([(b"x-portkey-trace-id", b"t")]).debug is None
     assert portkey.read([]).debug is None
+
+
+@pytest.mark.parametrize(
+    ("config", "headers", "asked"),
+    [
+        (None, [], {}),
+        ("pc-team", [(b"x-portkey-api-key", b"pk")], {}),
+        ('{"retry": {"attempts": 1}}', [], {}),
+        ('{"cache": true}', [], {}),
+        ('{"cache": {"mode": "semantic", "max_age": 60}}', [], {"max_age": 60}),
+        ('{"cache": {"mode": "simple"}}', [], {"results": True}),
+        ('{"cache": {"mode": "simple", "max_age": 0.5}}', [], {"results": True, "max_age": 0.5}),
+        (None, [(b"x-portkey-cache-force-refresh", b"True")], {"force_refresh": True}),
+        (None, [(b"x-portkey-cache-force-refresh", b"false")], {}),
+        (None, [(b"x-portkey-cache-namespace", b" design ")], {"namespace": "design"}),
+    ],
+)
+def test_what_a_caller_asks_of_caches(
+    config: str | None, headers: list[tuple[bytes, bytes]], asked: dict[str, Any]
+) -> None:
+    assert portkey.caching(config, headers) == portkey.Caching(**asked)
+
+
+@pytest.mark.parametrize("max_age", ['"600"', "0", "-1", "true", "1e999", "NaN", "[]"])
+def test_an_age_that_is_none(max_age: str) -> None:
+    with pytest.raises(BadRequest, match=r"cache\.max_age"):
+        portkey.caching('{"cache": {"mode": "simple", "max_age": ' + max_age + "}}", [])

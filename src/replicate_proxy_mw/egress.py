@@ -109,6 +109,7 @@ def render(error: ProxyError, *, request_id: str) -> ProxyResponse:
         "message": error.message,
         "error": {"message": error.message, "type": error.type or error.outcome, "param": None, "code": error.code},
         "request_id": request_id,
+        **error.members,
     }
     headers = (
         (b"cache-control", b"no-store"),

@@ -6,21 +6,26 @@
     ├── KeyMissing              401  key_missing
     ├── KeyUnknown              401  key_unknown
     ├── WebhookUnverified       401  webhook_unverified
+    ├── SpendLimitReached       402  spend_limit_reached
     ├── PermissionDenied        403  permission_denied
     ├── NotOwned                404  not_found               another tenant's, or nobody's
     ├── StreamUnknown           404  stream_unknown
     ├── MethodNotAllowed        405  method_not_allowed
     ├── RequestTimeout          408  request_timeout         the caller's own limit
     ├── WebhookReplayed         409  webhook_replayed
+    ├── CreateUnknown           409  create_unknown          the first one of its Idempotency-Key
     ├── StreamExpired           410  stream_expired
     ├── BodyTooLarge            413  body_too_large
+    ├── IdempotencyKeyReused    422  idempotency_key_reused
     ├── LimitExceeded           429  limit_exceeded
+    ├── GuardrailDenied         446  hooks_failed            Portkey's number for it
     ├── ClientDisconnected      499  client_disconnected     nobody is left to read it
     ├── WebhookFailed           500  webhook_failed          the host's callback
     ├── UpstreamUnreachable     502  upstream_unreachable    not one byte was sent
     ├── UpstreamFailed          502  upstream_failed         the request may have been received
     ├── ResolverFailed          503  resolver_failed
     ├── StoreFailed             503  store_failed
+    ├── GuardrailFailed         503  guardrail_failed        a check, not what it checks
     ├── Overloaded              503  overloaded
     └── UpstreamTimeout         504  upstream_timeout
 
@@ -33,7 +38,8 @@ instead of ending it as if it were complete.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -46,7 +52,8 @@ _SOON = ((b"retry-after", b"1"),)
 class ProxyError(Exception):
     """A request that is answered by the proxy itself. `message` reaches the caller: no secrets, no upstream text.
 
-    `outcome` is the word for it on spans; `type` the one in the answer, by default the same.
+    `outcome` is the word for it on spans; `type` the one in the answer, by default the same. `members` stand in the
+    answer beside those that all have.
     """
 
     status = 500
@@ -54,11 +61,19 @@ class ProxyError(Exception):
     outcome = "upstream_error"
     type: str | None = None
     message = "The proxy failed to handle this request."
+    members: Mapping[str, Any] = {}
 
     def __init__(self, message: str | None = None, *, headers: Headers = ()) -> None:
         self.message = str(message or self.message)
         super().__init__(self.message)
         self.headers = headers
+
+    def anew(self) -> Self:
+        """The same, to be raised for someone else: an exception collects who it was raised for."""
+        # Past `__init__`, which takes other arguments in each class.
+        error = self.__new__(type(self), self.message)
+        error.message, error.headers, error.members = self.message, self.headers, self.members
+        return error
 
 
 class BadRequest(ProxyError):
@@ -103,6 +118,13 @@ class WebhookUnverified(ProxyError):
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message, headers=_SIGNED)
+
+
+class SpendLimitReached(ProxyError):
+    status = 402
+    code = "spend_limit_reached"
+    outcome = "limited"
+    message = "What may be spent today is spent; nothing was created."
 
 
 class PermissionDenied(ProxyError):
@@ -156,6 +178,18 @@ class WebhookReplayed(ProxyError):
     message = "This webhook has been taken already."
 
 
+class CreateUnknown(ProxyError):
+    """It may have been received and paid, so it is not sent again."""
+
+    status = 409
+    code = "create_unknown"
+    outcome = "denied"
+    message = (
+        "What became of the first create with this Idempotency-Key is not known, and it is not sent again: look for it "
+        "in the list of predictions, or create with another key."
+    )
+
+
 class StreamExpired(ProxyError):
     status = 410
     code = "stream_expired"
@@ -170,6 +204,13 @@ class BodyTooLarge(ProxyError):
     message = "The body is too large."
 
 
+class IdempotencyKeyReused(ProxyError):
+    status = 422
+    code = "idempotency_key_reused"
+    outcome = "bad_request"
+    message = "This Idempotency-Key was sent with another create; nothing was created."
+
+
 class LimitExceeded(ProxyError):
     """Raised by a layer that counts: 429. `retry_after` is in seconds."""
 
@@ -178,9 +219,23 @@ class LimitExceeded(ProxyError):
     outcome = "limited"
     message = "Too many requests."
 
-    def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
-        headers = () if retry_after is None else ((b"retry-after", str(retry_after).encode()),)
-        super().__init__(message, headers=headers)
+    def __init__(self, message: str | None = None, *, retry_after: int | None = None, headers: Headers = ()) -> None:
+        after = () if retry_after is None else ((b"retry-after", str(retry_after).encode()),)
+        super().__init__(message, headers=(*after, *headers))
+
+
+class GuardrailDenied(ProxyError):
+    """`hook_results` is what Portkey's gateway has under that name."""
+
+    status = 446
+    code = "hooks_failed"
+    outcome = "denied"
+    type = "hooks_failed"
+    message = "A guardrail has denied this; `hook_results` says which."
+
+    def __init__(self, message: str | None = None, *, hook_results: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.members = {} if hook_results is None else {"hook_results": hook_results}
 
 
 class ClientDisconnected(ProxyError):
@@ -231,8 +286,18 @@ class StoreFailed(ProxyError):
     outcome = "resolver_error"
     message = "own_predictions: whose this is could not be looked up, and nothing was changed; try again."
 
-    def __init__(self) -> None:
-        super().__init__(headers=_SOON)
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message, headers=_SOON)
+
+
+class GuardrailFailed(ProxyError):
+    status = 503
+    code = "guardrail_failed"
+    outcome = "resolver_error"
+    message = "What has to check this failed; try again."
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message, headers=_SOON)
 
 
 class Overloaded(ProxyError):

@@ -10,16 +10,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-import anyio
-
-from . import headers, portkey, routing
+from . import ending, headers, portkey, routing
 from .config import ProxyConfig
 from .egress import Reply, complete, render
 from .endpoints import stream_urls
 from .endpoints.streams import StreamEndpoint
 from .endpoints.webhooks import OnWebhook, WebhookEndpoint
 from .errors import BadRequest, ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
-from .exchange import Chunks, Forward, Layer, Opened, ProxyRequest, ProxyResponse
+from .exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
@@ -45,12 +43,6 @@ logger = logging.getLogger("replicate_proxy_mw")
 
 # Frameworks disagree about the types of scope and messages; asgiref's are used inside, none at the door.
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
-
-# For what layers have to do when the answer is out: servers that stop give about as long.
-AFTERWARDS_TIMEOUT = 10.0
-
-# For closing an upstream connection when everything else has ended: it must not hold up the host.
-CLOSE_TIMEOUT = 1.0
 
 # An endpoint of our own: what it does for a request before it is watched, and then. The path is handed over, not bound:
 # that of a stream may be read by whoever has it, and a traceback shows what is bound.
@@ -179,7 +171,7 @@ class ReplicateProxyMiddleware:
                     try:
                         await self._exchange(scope, below, body, reply, afterwards, repaired=repaired)
                     finally:
-                        await _run(afterwards)
+                        await ending.run(afterwards)
                     return
         elif scope["type"] == "lifespan":
             send = self._closing(send)
@@ -319,7 +311,7 @@ class ReplicateProxyMiddleware:
             trace_id = request.portkey.trace_id or request_id
             await reply.relay(complete(response, method=request.method, trace_id=trace_id))
         finally:
-            await _close(request.opened)
+            await ending.close(request.opened)
 
     async def _stream(
         self,
@@ -348,7 +340,7 @@ class ReplicateProxyMiddleware:
             try:
                 await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
             finally:
-                await _close([response])
+                await ending.close([response])
 
         return relay
 
@@ -389,28 +381,6 @@ class ReplicateProxyMiddleware:
             answer, trace_id = render(error, request_id=span.id), (span.portkey and span.portkey.trace_id) or span.id
             with suppress(ClientDisconnected):
                 await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
-
-
-async def _run(afterwards: list[Callable[[], Awaitable[None]]]) -> None:
-    if afterwards:
-        with anyio.move_on_after(AFTERWARDS_TIMEOUT, shield=True):
-            for afterward in afterwards:
-                try:
-                    await afterward()
-                except Exception as error:  # the answer is out, or something else is on its way
-                    logger.warning("what a layer does afterwards failed: %s", type(error).__name__)
-
-
-async def _close(opened: Sequence[Opened]) -> None:
-    remaining = list(opened)
-    while remaining:
-        # Anew after one that hangs, since the others have connections, too.
-        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
-            while remaining:
-                try:
-                    await remaining.pop().aclose()
-                except Exception as error:  # the answer is complete, or something else is on its way out
-                    logger.warning("closing an answer failed: %s", type(error).__name__)
 
 
 def _opening(forward: Forward) -> Forward:

@@ -56,6 +56,21 @@ class PortkeyContext:
     debug: bool | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caching:
+    """What a caller asks of caches.
+
+    `results` says whether an earlier result will do for a create (`{"cache": {"mode": "simple"}}` in an inline config),
+    at most `max_age` seconds old, None where it does not say. `force_refresh` asks for a new answer, which is then
+    kept; what is kept in one `namespace` is not found in another.
+    """
+
+    results: bool = False
+    max_age: float | None = None
+    force_refresh: bool = False
+    namespace: str = ""
+
+
 def read(headers: Iterable[tuple[bytes, bytes]]) -> PortkeyContext:
     """Read the caller's headers. The key is `x-portkey-api-key`, else the credential of `Authorization: Bearer|Token`.
 
@@ -156,6 +171,27 @@ def _config(text: str | None) -> _Asked:
     timeout = config.get("request_timeout")
     _milliseconds("x-portkey-config: request_timeout", timeout)
     return _Asked(api_key, timeout, _retry(config.get("retry")))
+
+
+def caching(config: str | None, headers: Iterable[tuple[bytes, bytes]]) -> Caching:
+    """Read what only layers that cache have to know: `x-portkey-cache-force-refresh`, `x-portkey-cache-namespace`, and
+    `cache` of an inline config, which `read` has found to be JSON.
+
+    Raises:
+        BadRequest: `max_age` is not a number of seconds.
+    """
+    asked = {name: value.decode("latin-1").strip() for name, value in headers if name.startswith(b"x-portkey-cache-")}
+    content = json.loads(config) if config and config.startswith("{") else {}
+    cache = content.get("cache")
+    max_age = cache.get("max_age") if isinstance(cache, dict) else None
+    if max_age is not None and not (type(max_age) in (int, float) and 0 < max_age < float("inf")):
+        raise BadRequest("x-portkey-config: cache.max_age is not a number of seconds above 0.")
+    return Caching(
+        results=isinstance(cache, dict) and cache.get("mode") == "simple",
+        max_age=max_age,
+        force_refresh=asked.get(b"x-portkey-cache-force-refresh", "").lower() == "true",
+        namespace=asked.get(b"x-portkey-cache-namespace", ""),
+    )
 
 
 def _retry(retry: object) -> Retry | None:

@@ -73,6 +73,14 @@ def test_the_same_token_for_another_tenant() -> None:
     assert (key.authorization(), key.tenant, key.policy) == (b"Bearer " + TOKEN.encode(), "team-b", policy)
 
 
+def test_answers_are_shared_only_between_those_of_one_tenant_and_one_token() -> None:
+    keys = [ReplicateKey(token, tenant=tenant) for token in (TOKEN, TOKEN + "0") for tenant in (None, "0", "team-a")]
+    assert len({key.identity() for key in keys}) == len(keys)
+    again = ReplicateKey(TOKEN, tenant="team-a", policy=Policy(operations=["*"]))
+    assert again.identity() == keys[2].identity()
+    assert TOKEN not in again.identity()
+
+
 @pytest.mark.parametrize("tenant", ["", 42, {"id": 1}, b"team-a", "team\n-a"])
 def test_a_tenant_is_a_name(tenant: Any) -> None:
     with pytest.raises(ValueError, match="tenant"):

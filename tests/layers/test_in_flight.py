@@ -20,7 +20,7 @@ from replicate_proxy_mw import (
     ProxyRequest,
     ProxyResponse,
     ReplicateKey,
-    middleware,
+    ending,
 )
 from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted, UpstreamFailed
 from replicate_proxy_mw.exchange import Chunks, Opened
@@ -227,7 +227,7 @@ async def _hangs() -> None:
 async def test_what_fails_is_not_counted(
     upstream: RawUpstream, layer: Layer | None, script: Any, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(middleware, "CLOSE_TIMEOUT", 0.05)
+    monkeypatch.setattr(ending, "CLOSE_TIMEOUT", 0.05)
     upstream.script = script
     app = limited(upstream.url, layers=[layer] if layer else [])
     for _ in range(3):

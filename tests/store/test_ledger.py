@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 from redis.asyncio import Redis
 
-from replicate_proxy_mw import middleware
+from replicate_proxy_mw import ending
 from replicate_proxy_mw.errors import StoreFailed
 from replicate_proxy_mw.store import MemoryPredictionStore, StoredPrediction, ledger
 from replicate_proxy_mw.store.ledger import PROBE
@@ -161,7 +161,7 @@ async def _failed(
 ) -> Any:
     """The proxy after creates that could not be written, neither with them nor afterwards."""
     monkeypatch.setattr(ledger, "PAUSES", (pause,))
-    monkeypatch.setattr(middleware, "AFTERWARDS_TIMEOUT", 0.01)
+    monkeypatch.setattr(ending, "AFTERWARDS_TIMEOUT", 0.01)
     app = owned(upstream.url, store=store)
     for id in ids:
         store.before_put = refuses_creations

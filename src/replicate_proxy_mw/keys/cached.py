@@ -17,7 +17,7 @@ from uuid import uuid4
 import anyio
 from anyio.lowlevel import RunVar
 
-from ..errors import Headers, PermissionDenied, ProxyError, ResolverFailed
+from ..errors import PermissionDenied, ProxyError, ResolverFailed
 from .contract import KeyRequest, KeyResolver, ReplicateKey
 
 logger = logging.getLogger("replicate_proxy_mw")
@@ -163,13 +163,13 @@ class CachedKeyResolver:
             with anyio.fail_after(self._timeout):
                 answer = await self._inner(_Shown.of(request, self._vary))
         except Exception as error:
-            refusal = _Refusal.of(error)
+            refusal = error.anew() if isinstance(error, ProxyError) else ResolverFailed()
             if isinstance(error, PermissionDenied):
                 self._remember(flight, digest, _Entry(refusal, asked))
             if isinstance(error, NotVaried):
                 self._tell(error.field)
             # What is below 500 was said of the caller, on purpose: the resolver is in order.
-            stale = self._stale(digest, error) if refusal.kind.status >= 500 else None
+            stale = self._stale(digest, error) if refusal.status >= 500 else None
             flight.land(stale.answer if stale else refusal)
             if stale is None:
                 raise
@@ -236,26 +236,6 @@ class _Shown(KeyRequest):
         return f"KeyRequest({', '.join(shown)})"
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """An exception to be raised for several: each gets its own, since an exception collects who it was raised for."""
-
-    kind: type[ProxyError]
-    message: str
-    headers: Headers
-
-    @classmethod
-    def of(cls, error: Exception) -> _Refusal:
-        refusal = error if isinstance(error, ProxyError) else ResolverFailed()
-        return cls(type(refusal), refusal.message, refusal.headers)
-
-    def anew(self) -> ProxyError:
-        # Past `__init__`, which takes other arguments in each class.
-        error = self.kind.__new__(self.kind, self.message)
-        error.message, error.headers = self.message, self.headers
-        return error
-
-
 class _Digest(NamedTuple):
     """What tells requests apart: whose they are, and all that is looked at."""
 
@@ -265,7 +245,7 @@ class _Digest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    answer: ReplicateKey | _Refusal | None
+    answer: ReplicateKey | ProxyError | None
     asked: float
 
 
@@ -316,14 +296,14 @@ class _Flight:
     def __init__(self, generation: int) -> None:
         self.generation, self.over = generation, anyio.Event()
         self.landed = False
-        self.answer: ReplicateKey | _Refusal | str | None = None
+        self.answer: ReplicateKey | ProxyError | str | None = None
 
-    def land(self, answer: ReplicateKey | _Refusal | str | None) -> None:
+    def land(self, answer: ReplicateKey | ProxyError | str | None) -> None:
         self.landed, self.answer = True, answer
 
 
-def _give(answer: ReplicateKey | _Refusal | str | None) -> ReplicateKey | str | None:
-    if isinstance(answer, _Refusal):
+def _give(answer: ReplicateKey | ProxyError | str | None) -> ReplicateKey | str | None:
+    if isinstance(answer, ProxyError):
         raise answer.anew()
     return answer
 

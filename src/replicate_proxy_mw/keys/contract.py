@@ -51,6 +51,10 @@ class ReplicateKey:
         """The value of the header that goes up. Replicate takes `Bearer` (and, from old SDKs, `Token`)."""
         return b"Bearer " + self._token.encode()
 
+    def identity(self) -> str:
+        """A digest of tenant and token in hex: requests whose keys differ in it share no answer."""
+        return sha256(f"{self._token}\n{self.tenant or ''}".encode()).hexdigest()
+
     def __repr__(self) -> str:
         return f"ReplicateKey('***', tenant={self.tenant!r})"
 
