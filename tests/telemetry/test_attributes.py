@@ -34,12 +34,6 @@ def _attempt(method: str, target: str, upstream: str = "https://api.replicate.co
     return attributes.of_attempt(request, Origin.of(upstream))
 
 
-def _said(context: PortkeyContext, scrub: Scrubber = BARE) -> tuple[Attributes, Attributes]:
-    """On all spans, and on the request span alone."""
-    metadata = attributes.metadata(context, scrub)
-    return attributes.of_portkey(context, metadata, scrub), attributes.of_caller(context, metadata)
-
-
 def test_a_scope() -> None:
     scope = http_scope(target="/v1/a%2Fb?key=secret", headers=[(b"user-agent", b"x" * 300)])
     assert attributes.of_scope(scope) == {
@@ -105,7 +99,7 @@ def test_what_the_caller_says() -> None:
         provider="@team",
         metadata={"_user": "u1", "a b.c": "ü"},
     )
-    on_all, on_request = _said(context)
+    on_all, on_request = attributes.of_caller(context, BARE)
     assert on_all == {
         "portkey.trace_id": "order-42",
         "portkey.span_id": "s",
@@ -121,16 +115,16 @@ def test_what_the_caller_says() -> None:
 
 
 def test_a_caller_who_says_nothing_or_nothing_that_can_be_read() -> None:
-    assert _said(PortkeyContext()) == ({}, {})
-    assert _said(PortkeyContext(metadata_invalid=True)) == ({}, {"portkey.metadata_invalid": True})
-    assert _said(PortkeyContext(metadata={})) == ({}, {"portkey.metadata_json": "{}"})
+    assert attributes.of_caller(PortkeyContext(), BARE) == ({}, {})
+    assert attributes.of_caller(PortkeyContext(metadata_invalid=True), BARE) == ({}, {"portkey.metadata_invalid": True})
+    assert attributes.of_caller(PortkeyContext(metadata={}), BARE) == ({}, {"portkey.metadata_json": "{}"})
 
 
 def test_what_the_caller_says_tells_no_secret_in_any_writing() -> None:
     secret = "pk-se.cret"
     scrub = Scrubber([secret])
     context = PortkeyContext(trace_id=f"a {secret}", span_name=secret, metadata={secret: "x", "k": f"<{secret}>"})
-    on_all, on_request = _said(context, scrub)
+    on_all, on_request = attributes.of_caller(context, scrub)
     assert on_all == {
         "portkey.trace_id": "a REDACTED",
         "portkey.span_name": "REDACTED",
@@ -142,10 +136,10 @@ def test_what_the_caller_says_tells_no_secret_in_any_writing() -> None:
 
 def test_long_texts_are_cut_and_no_json_is() -> None:
     said = {f"k{number}": "ü" * 250 for number in range(8)}
-    _, on_request = _said(PortkeyContext(provider="x" * 300, metadata=said))
+    _, on_request = attributes.of_caller(PortkeyContext(provider="x" * 300, metadata=said), BARE)
     assert on_request["portkey.provider"] == "x" * 256
     assert json.loads(str(on_request["portkey.metadata_json"])) == said
-    _, on_request = _said(PortkeyContext(metadata=said | {"k8": "ü" * 20}))
+    _, on_request = attributes.of_caller(PortkeyContext(metadata=said | {"k8": "ü" * 20}), BARE)
     assert on_request == {}
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import anyio
 import pytest
@@ -177,6 +179,19 @@ async def test_what_has_not_ended_is_not_told(teller: Teller, seen: Prediction |
     await teller.see(seen)
     assert teller.runs == []
     assert [len(span.links) for span in teller.requests] == [0, 1]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("seen", [STARTING, ENDED])
+async def test_a_request_that_was_told_waits_for_no_garbage_collector(teller: Teller, seen: Prediction) -> None:
+    """It knows its caller's secrets, and the content."""
+    gc.disable()
+    try:
+        for by in get_args(ObservedBy):
+            request = weakref.ref(await teller.see(seen, by))
+            assert request() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.anyio
@@ -579,8 +594,8 @@ def test_details_are_kept() -> None:
 def test_of_long_metadata_the_trace_id_is_kept() -> None:
     said = {"portkey.trace_id": "order-42", "portkey.metadata.a": "x" * MAX_DETAILS}
     kept = Details(model="a/b", created_at=CREATED, caller=said, capture=True)
-    assert Details.of(kept.text()) == replace(kept, caller={"portkey.trace_id": "order-42"})
-    assert Details.of(replace(kept, caller={"portkey.metadata.a": "x" * MAX_DETAILS}).text()).caller is None
+    assert Details.of(kept.text()) == kept._replace(caller={"portkey.trace_id": "order-42"})
+    assert Details.of(kept._replace(caller={"portkey.metadata.a": "x" * MAX_DETAILS}).text()).caller is None
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,8 @@ _json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":
 
 def scrubbed(attributes: Attributes, scrub: Scrubber) -> Attributes:
     """`attributes` as they may go out. Nothing goes on a span that has not passed here; what the caller says of itself
-    is scrubbed in `of_portkey`."""
-    texts = [value for name, value in attributes.items() if type(value) is str and name not in FIXED]
-    if scrub.is_clean(texts):
+    is scrubbed in `of_caller`."""
+    if scrub.is_clean([value for value in attributes.values() if type(value) is str]):
         return attributes
     return {
         name: scrub(value) if type(value) is str and name not in FIXED else value for name, value in attributes.items()
@@ -110,17 +109,10 @@ def of_route(route: Route) -> Attributes:
     return attributes
 
 
-def metadata(portkey: PortkeyContext, scrub: Scrubber) -> Mapping[str, str] | None:
-    """The caller's metadata, scrubbed before its keys and values are written in other ways."""
-    known = portkey.metadata
-    if known is None or (scrub.is_clean(known) and scrub.is_clean(known.values())):
-        return known
-    return {scrub(key): scrub(value) for key, value in known.items()}
-
-
-def of_portkey(portkey: PortkeyContext, metadata: Mapping[str, str] | None, scrub: Scrubber) -> Attributes:
-    """What the caller says of itself; on every span of ours, so that each can be found by it."""
-    attributes: Attributes = {}
+def of_caller(portkey: PortkeyContext, scrub: Scrubber) -> tuple[dict[str, str], Attributes]:
+    """What the caller says of itself: on every span of ours, so that each can be found by it, and on the request span
+    alone. Metadata is scrubbed before its keys and values are written in other ways."""
+    said: dict[str, str] = {}
     for name, value in (
         (names.PORTKEY_TRACE_ID, portkey.trace_id),
         (names.PORTKEY_SPAN_ID, portkey.span_id),
@@ -128,24 +120,23 @@ def of_portkey(portkey: PortkeyContext, metadata: Mapping[str, str] | None, scru
         (names.PORTKEY_SPAN_NAME, portkey.span_name),
     ):
         if value:
-            attributes[name] = scrub(value)
-    for key, value in (metadata or {}).items():
-        attributes[names.PORTKEY_METADATA + _METADATA_KEY.sub("_", key)] = value
-    return attributes
-
-
-def of_caller(portkey: PortkeyContext, metadata: Mapping[str, str] | None) -> Attributes:
-    """What else the caller says; on the request span alone."""
-    attributes: Attributes = {}
+            said[name] = value
+    metadata = portkey.metadata or {}
+    if not scrub.is_clean([*said.values(), *metadata, *metadata.values()]):
+        said = {name: scrub(value) for name, value in said.items()}
+        metadata = {scrub(key): scrub(value) for key, value in metadata.items()}
+    for key, value in metadata.items():
+        said[names.PORTKEY_METADATA + _METADATA_KEY.sub("_", key)] = value
+    told: Attributes = {}
     if portkey.provider:
-        attributes[names.PORTKEY_PROVIDER] = portkey.provider[:MAX_TEXT]
-    if metadata is not None:
+        told[names.PORTKEY_PROVIDER] = portkey.provider[:MAX_TEXT]
+    if portkey.metadata is not None:
         text = _json(metadata)
         if len(text.encode()) <= MAX_METADATA_BYTES:
-            attributes[names.PORTKEY_METADATA_JSON] = text
+            told[names.PORTKEY_METADATA_JSON] = text
     if portkey.metadata_invalid:
-        attributes[names.PORTKEY_METADATA_INVALID] = True
-    return attributes
+        told[names.PORTKEY_METADATA_INVALID] = True
+    return said, told
 
 
 def of_attempt(request: ProxyRequest, origin: Origin) -> Attributes:

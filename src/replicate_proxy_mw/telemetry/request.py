@@ -6,10 +6,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from opentelemetry import context, trace
 from opentelemetry.context import Context
@@ -37,8 +36,7 @@ def current() -> RequestSpan | None:
     return _current.get()
 
 
-@dataclass(frozen=True, slots=True)
-class Sighting:
+class Sighting(NamedTuple):
     """What a request was about, and what it has seen of it. `at` is in seconds since the epoch."""
 
     id: str
@@ -101,7 +99,7 @@ class RequestSpan:
         self.observes = self.recording or instruments is not None
         self.waiting = None if instruments is None else Waiting()
         self.scrub = Scrubber.of(scope["headers"]) if self.observes else BARE
-        self.said: Attributes = {}
+        self.said: dict[str, str] = {}
         self.notes: dict[str, bool | int | float | str] = {}
         span_context = span.get_span_context()
         self.traceparent = traceparent(span_context)
@@ -128,9 +126,8 @@ class RequestSpan:
     def caller(self, portkey: PortkeyContext) -> None:
         self.portkey = portkey
         if self.recording:
-            metadata = attributes.metadata(portkey, self.scrub)
-            self.said = attributes.of_portkey(portkey, metadata, self.scrub)
-            self._told |= attributes.of_caller(portkey, metadata)
+            self.said, told = attributes.of_caller(portkey, self.scrub)
+            self._told |= told
 
     def resolved(self, key: ReplicateKey) -> None:
         """The key is known, and whose it is; Replicate may tell the token back."""

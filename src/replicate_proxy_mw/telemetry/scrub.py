@@ -59,16 +59,10 @@ class Scrubber:
             words.
     """
 
-    __slots__ = ("_heads", "_secrets")
+    __slots__ = ("_heads",)
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        kept: set[str] = set()
-        heads: set[str] = set()
-        for secret in secrets:
-            if len(secret) >= MIN_SECRET:
-                kept.add(secret)
-                heads.add(secret[:_HEAD])
-        self._secrets, self._heads = tuple(kept), tuple(heads)
+        self._heads = {secret: secret[:_HEAD] for secret in secrets if len(secret) >= MIN_SECRET}
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Scrubber:
@@ -82,14 +76,10 @@ class Scrubber:
 
     def with_secret(self, secret: str) -> Scrubber:
         """One that knows `secret`, too."""
-        if len(secret) < MIN_SECRET:
-            return self
-        more = Scrubber(())
-        more._secrets, more._heads = (*self._secrets, secret), (*self._heads, secret[:_HEAD])
-        return more
+        return Scrubber((*self._heads, secret))
 
     def __repr__(self) -> str:
-        return f"Scrubber({len(self._secrets)} secrets)"
+        return f"Scrubber({len(self._heads)} secrets)"
 
     def __call__(self, text: str) -> str:
         """`text` without secrets, valid in UTF-8.
@@ -122,7 +112,7 @@ class Scrubber:
 
     def without_known(self, text: str) -> str:
         """`text` without the known secrets, as they are."""
-        for head in self._heads:
+        for head in self._heads.values():
             if head in text:
                 return self._without_known(text, text, range(len(text) + 1))
         return text
@@ -137,16 +127,16 @@ class Scrubber:
         text = "\n".join(texts)
         if not text.isascii():
             return False
-        for mark in (*self._heads, *_MARKS):
+        for mark in (*self._heads.values(), *_MARKS):
             if mark in text:
                 return False
         if "://" in text and ("@" in text or _BARE_AUTHORITY.search(text)):
             return False
-        return not _has_any(_SCHEMES, text)
+        return " " not in text or not _has_any(_SCHEMES, text)
 
     def _without_encoded(self, text: str) -> str:
         plain = unquote(text, "latin-1")
-        if not any(head in plain for head in self._heads):
+        if not any(head in plain for head in self._heads.values()):
             return text
         at, characters = [0], []
         for found in _CHARACTER.finditer(text):
@@ -156,7 +146,7 @@ class Scrubber:
 
     def _without_known(self, text: str, plain: str, at: range | list[int]) -> str:
         """`text` without the known secrets that `plain` has, whose character `n` stands at `at[n]` in `text`."""
-        spans = sorted(span for secret in self._secrets for span in _spans(secret, plain))
+        spans = sorted(span for secret in self._heads for span in _spans(secret, plain))
         parts: list[str] = []
         done = 0
         for start, end in spans:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 from opentelemetry import trace
@@ -46,8 +46,7 @@ _SAID = frozenset(
 _ERRORS = {"failed": "prediction_failed", "aborted": "deadline_exceeded"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Details:
+class Details(NamedTuple):
     """What telemetry keeps of a create for the end: in the store, as text.
 
     Attributes:
@@ -70,18 +69,11 @@ class Details:
         if len(text) > MAX_DETAILS:
             text = self._text({name: caller[name] for name in (names.PORTKEY_TRACE_ID,) if name in caller})
         if len(text) > MAX_DETAILS:
-            text = replace(self, model=None, version=None, deployment=None)._text({})
+            text = self._replace(model=None, version=None, deployment=None)._text({})
         return text
 
     def _text(self, caller: Mapping[str, str]) -> str:
-        known = {
-            "model": self.model,
-            "version": self.version,
-            "deployment": self.deployment,
-            "created_at": self.created_at,
-            "caller": caller,
-            "capture": self.capture,
-        }
+        known = self._asdict() | {"caller": caller}
         return _json({name: value for name, value in known.items() if value})
 
     @classmethod
@@ -140,8 +132,10 @@ class Story:
 
     async def tell(self, request: RequestSpan) -> None:
         """Tell what `request` has seen, and end its span: the answer has left."""
-        sighting = request.sighting
+        sighting, afterwards = request.sighting, request.afterwards
         assert sighting is not None
+        # They hold this very call: else a request, with its secrets, would be left to the garbage collector.
+        request.afterwards = []
         seen = _Seen(None)
         try:
             seen = await self._look(sighting, request)
@@ -152,7 +146,7 @@ class Story:
         if prediction is None or not prediction.is_final or (seen.stored is not None and seen.stored.reported):
             return
         # After what layers have to do: the host's prices may take their time.
-        request.afterwards.append(partial(self._end, seen, sighting, prediction, request))
+        afterwards.append(partial(self._end, seen, sighting, prediction, request))
 
     async def _look(self, sighting: Sighting, request: RequestSpan) -> _Seen:
         """What the store has, after what was seen is added."""
@@ -174,7 +168,7 @@ class Story:
             version=prediction.version,
             deployment=prediction.deployment,
             created_at=prediction.created_at,
-            caller={name: str(value) for name, value in request.said.items()},
+            caller=request.said,
             capture=request.may_capture,
         )
         return StoredPrediction(
@@ -291,8 +285,7 @@ class Story:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
+class _Seen(NamedTuple):
     """What the store has of a prediction, and whether it could not be asked."""
 
     stored: StoredPrediction | None
