@@ -140,6 +140,14 @@ UNWRAPPED_DATA = _name(
     "replicate_proxy.request.unwrapped_data", "C", "request", 'true where `{"data": …}` was taken off'
 )
 REPAIRED_PATH = _name("replicate_proxy.request.repaired_path", "C", "request", "true where the path was repaired")
+CACHE_STATUS = _name(
+    "replicate_proxy.cache.status", "C", "request", "`HIT`, `MISS` or `REFRESH`, as in `x-portkey-cache-status`"
+)
+COALESCED = _name(
+    "replicate_proxy.coalesced", "C", "request", "true where it waited for another request's answer, which it links to"
+)
+GUARDRAIL_VERDICT = _name("replicate_proxy.guardrail.verdict", "C", "request", "`allow`, `flag` or `deny`")
+GUARDRAIL_CHECK = _name("replicate_proxy.guardrail.check", "C", "request", "the check that flagged, denied or failed")
 TRANSITION = _name(
     "replicate_proxy.lifecycle.transition", "C", "request", "true on a poll that saw another status than the one before"
 )

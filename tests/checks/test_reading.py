@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicate_proxy_mw.checks.reading import parsed, with_member
+from replicate_proxy_mw.model_names import NotUnderstood
+
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=10,
+)
+_objects = st.dictionaries(st.text(max_size=3), _values, max_size=4)
+
+
+@given(_values, st.booleans(), st.none() | st.integers(0, 2))
+def test_what_has_one_reading_is_read(value: Any, ascii: bool, indent: int | None) -> None:
+    assert parsed(json.dumps(value, ensure_ascii=ascii, indent=indent).encode()) == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b'{"a":1,"a":1}',
+        b'[{"b":{"a":1,"\\u0061":2}}]',
+        b"NaN",
+        b"[-Infinity]",
+        b"\xef\xbb\xbf{}",
+        b'"\xff"',
+        "{}".encode("utf-16"),
+        b"[" * 100_000,
+        b"1" * 5000,
+        b"{} {}",
+    ],
+)
+def test_what_has_two_readings_or_none_is_not(body: bytes) -> None:
+    with pytest.raises(NotUnderstood):
+        parsed(body)
+
+
+@given(_objects, _values, st.none() | st.integers(0, 2))
+def test_a_member_is_put_behind_the_others(content: dict[str, Any], value: Any, indent: int | None) -> None:
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + " \n"
+    shown = with_member(text, "hook_results", value)
+    assert list(json.loads(shown).items()) == [*content.items(), ("hook_results", value)]
+    assert shown.startswith(text.rstrip()[:-1].rstrip())
