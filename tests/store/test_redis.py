@@ -363,3 +363,13 @@ async def test_under_trio_every_call_raises(redis_service: RedisServer, use: Any
     redis = _client(redis_service)
     with pytest.raises((RuntimeError, RedisError), match="no running event loop"):
         await use(RedisPredictionStore(redis))
+
+
+@pytest.mark.parametrize("call", ["put", "get", "read", "claim"])
+async def test_more_calls_at_once_than_a_client_has_connections(redis_service: RedisServer, call: str) -> None:
+    arguments = {"put": ("x", MINE), "get": (["x"],), "read": ("x", "starting"), "claim": ("x",)}[call]
+    async with _client(redis_service, max_connections=60) as redis:
+        store = RedisPredictionStore(redis, prefix=f"{uuid.uuid4()}:")
+        async with anyio.create_task_group() as calls:
+            for _ in range(200):
+                calls.start_soon(getattr(store, call), *arguments)

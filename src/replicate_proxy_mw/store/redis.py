@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import anyio
 from redis.asyncio import Redis, RedisCluster
 
 from .contract import StoredPrediction
@@ -53,6 +54,10 @@ return known
 """
 
 
+# At a time; others wait for their turn. redis-py 8 has 100 connections, and a call that finds none free fails at once.
+MAX_CALLS = 50
+
+
 class RedisPredictionStore:
     """Remembers predictions in Redis, for all processes that share it: one hash for each id, with an expiry.
 
@@ -63,7 +68,7 @@ class RedisPredictionStore:
     Args:
         redis: the host's own client, which stays the host's to close; `decode_responses` may be set or not. Its user
             needs EVAL, EXISTS, PEXPIRE and the commands of hashes on keys of that prefix. Have Redis evict nothing
-            (`maxmemory-policy noeviction`), or own predictions become unknown.
+            (`maxmemory-policy noeviction`), or own predictions become unknown. It has to allow 50 connections.
         prefix: of all keys. Hosts of different Replicate accounts may share one: ids are Replicate's.
         max_age: seconds until an entry is forgotten. 30 days: trainings can be read for good, and a million entries
             take about 270 MB; with details of 250 characters 970 MB, or 600 MB where Redis is set to keep them compact
@@ -82,6 +87,7 @@ class RedisPredictionStore:
         if not 0.001 <= max_age < math.inf:
             raise ValueError("max_age: must be at least 0.001 seconds, and finite")
         self._redis, self._prefix, self._milliseconds = redis, prefix, int(max_age * 1000)
+        self._turns = anyio.Semaphore(MAX_CALLS, fast_acquire=True)
 
     async def put(self, id: str, prediction: StoredPrediction, /) -> None:
         # As JSON, None differs from "", and every text is ASCII whatever encoding the client has.
@@ -89,23 +95,27 @@ class RedisPredictionStore:
         fields: list[Any] = [json.dumps(prediction.tenant)]
         fields += ["" if text is None else json.dumps(text) for text in texts]
         fields += [prediction.reads or "", 1 if prediction.reported else ""]
-        await self._redis.execute_command("EVAL", _PUT, 1, self._key(id), self._milliseconds, *fields)
+        await self._evaluated(_PUT, 1, self._key(id), self._milliseconds, *fields)
 
     async def get(self, ids: Collection[str], /) -> Mapping[str, StoredPrediction]:
         once = list(dict.fromkeys(ids))
-        async with self._redis.pipeline(transaction=False) as pipeline:
+        async with self._turns, self._redis.pipeline(transaction=False) as pipeline:
             for id in once:
                 pipeline.execute_command("EVAL", _GET, 1, self._key(id))
             answers = await pipeline.execute()
         return {id: _prediction(known) for id, known in zip(once, answers, strict=True) if known is not None}
 
     async def read(self, id: str, status: str, /) -> StoredPrediction | None:
-        known = await self._redis.execute_command("EVAL", _READ, 1, self._key(id), json.dumps(status))
+        known = await self._evaluated(_READ, 1, self._key(id), json.dumps(status))
         return None if known is None else _prediction(known)
 
     async def claim(self, id: str, /) -> StoredPrediction | None:
-        known = await self._redis.execute_command("EVAL", _CLAIM, 1, self._key(id))
+        known = await self._evaluated(_CLAIM, 1, self._key(id))
         return None if known is None else _prediction(known)
+
+    async def _evaluated(self, script: str, *arguments: Any) -> Any:
+        async with self._turns:
+            return await self._redis.execute_command("EVAL", script, *arguments)
 
     def _key(self, id: str) -> bytes:
         return (self._prefix + id).encode("utf-8", "surrogatepass")
