@@ -61,7 +61,7 @@ def test_the_same_for_someone_else(error: type[ProxyError]) -> None:
 
 
 def test_what_a_guardrail_says_stands_in_its_answer() -> None:
-    results = {"before_request_hooks": [], "after_request_hooks": []}
+    results: dict[str, list[object]] = {"before_request_hooks": [], "after_request_hooks": []}
     assert GuardrailDenied(hook_results=results).members == {"hook_results": results}
     assert GuardrailDenied("no").members == {}
     assert LimitExceeded(retry_after=7, headers=[(b"ratelimit-limit", b"600")]).headers == (

@@ -19,6 +19,10 @@ from opentelemetry.trace import SpanKind
 from redis.asyncio import Redis
 
 from replicate_proxy_mw import MappingKeyResolver, Policy, ReplicateKey
+from replicate_proxy_mw.checks.patterns import matches
+from replicate_proxy_mw.layers.cache import cache_catalogue
+from replicate_proxy_mw.layers.coalescing import coalesce_polls
+from replicate_proxy_mw.layers.guardrails import guardrails
 from replicate_proxy_mw.store.redis import RedisPredictionStore
 from replicate_proxy_mw.telemetry import Rates, configure_telemetry, names
 from replicate_proxy_mw.testing import FakeReplicate
@@ -27,7 +31,7 @@ from replicate_proxy_mw.testing.serve import serve
 from tests.otlp import ExportedSpan, Point, Sink, tracing
 from tests.raw_asgi import KEY, TOKEN, Caller, call, http_scope, proxy
 from tests.raw_upstream import RawUpstream
-from tests.tenants import HELLO_WORLD, MINE, Switched, refuses
+from tests.tenants import HELLO_WORLD, JSON, MINE, Switched, refuses
 
 Header = tuple[bytes, bytes]
 
@@ -355,6 +359,25 @@ async def below_a_host(stage: Stage) -> None:
         await stage.ask(app, "GET", "/v1/account")
 
 
+async def layered(stage: Stage) -> None:
+    """A denied create and one that is not, a read of the catalogue that is answered again, and three polls at once."""
+    layers = [
+        guardrails(input=[matches("nightjar", name="no birds")]),
+        cache_catalogue(),
+        coalesce_polls(interval=0.01),
+    ]
+    app = stage.proxy(layers=layers)
+    for text in ("a nightjar", "Ada"):
+        content = {"version": HELLO_WORLD, "input": {"text": text}}
+        created = await stage.ask(app, "POST", "/v1/predictions", content, JSON)
+    for _ in range(2):
+        await stage.ask(app, "GET", "/v1/hardware")
+    stage.fake.clock.advance(QUEUE + RUN)
+    async with anyio.create_task_group() as polls:
+        for _ in range(3):
+            polls.start_soon(stage.poll, app, id_of(created))
+
+
 SCENARIOS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     delivered,
     asynchronous,
@@ -374,6 +397,7 @@ SCENARIOS: tuple[Callable[[Stage], Awaitable[None]], ...] = (
     restarted,
     captured,
     below_a_host,
+    layered,
 )
 """All on one stage, too: first what needs the right time, since the others let it go by."""
 

@@ -687,6 +687,27 @@ async def test_a_poll_that_is_sent_twice_is_one(stage: Stage) -> None:
     assert stage.run.attributes["replicate_proxy.lifecycle.polls"] == 1
 
 
+async def test_what_layers_answer(stage: Stage) -> None:
+    await scenarios.layered(stage)
+    denied, create, miss, hit, *polls = stage.requests
+    verdict = "replicate_proxy.guardrail.verdict", "replicate_proxy.guardrail.check", "replicate_proxy.outcome"
+    assert _of(denied, *verdict) == ["deny", "no birds", "denied"]
+    assert _of(create, *verdict) == ["allow", None, "forwarded"]
+    cached = "replicate_proxy.cache.status", "replicate_proxy.outcome"
+    assert [_of(read, *cached) for read in (miss, hit)] == [["MISS", "forwarded"], ["HIT", "answered"]]
+    asked = [attempt.parent_id for attempt in stage.attempts]
+    [beginner] = [poll for poll in polls if poll.span_id in asked]
+    joined = [poll for poll in polls if poll is not beginner]
+    at_create = create.trace_id, create.span_id
+    assert beginner.links == [at_create]
+    for poll in joined:
+        assert _of(poll, "replicate_proxy.coalesced", "replicate_proxy.outcome") == [True, "answered"]
+        assert sorted(poll.links) == sorted([(beginner.trace_id, beginner.span_id), at_create])
+    assert len(stage.attempts) == 3
+    # Of three who read it, each counts, up to the first who tells the end.
+    assert 1 <= stage.run.attributes["replicate_proxy.lifecycle.polls"] <= 3
+
+
 async def test_own_predictions(stage: Stage) -> None:
     store = MemoryPredictionStore()
     keys = {
