@@ -100,6 +100,7 @@ class Replicate(httpx.AsyncBaseTransport):
         arrived: the same for all creates of which a byte was sent, whatever became of them.
         hold: what creates wait for once they have arrived.
         shown: what reads answer for an id in the place of what was made.
+        status: of what a create has made.
     """
 
     outcomes: list[str] = field(default_factory=list)
@@ -109,6 +110,7 @@ class Replicate(httpx.AsyncBaseTransport):
     hold: anyio.Event | None = None
     waiting: anyio.Event | None = None
     shown: dict[str, httpx.Response | Exception] = field(default_factory=dict)
+    status: str = "starting"
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         return await (self._read(request) if request.method == "GET" else self._create(request))
@@ -141,7 +143,7 @@ class Replicate(httpx.AsyncBaseTransport):
         if word in ("made", "accepted"):
             id = f"p{len(self.made)}"
             self.made[id] = what
-            return _json(_STATUSES.get(word, 201), {"id": id, "status": "starting"})
+            return _json(_STATUSES.get(word, 201), {"id": id, "status": self.status})
         if word == "cut":
             return httpx.Response(201, headers={"content-type": "application/json"}, stream=Cut())
         return _json(_STATUSES.get(word, 201), {"detail": word})

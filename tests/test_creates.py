@@ -2,14 +2,26 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicate_proxy_mw.creates import MAX_SIZE, canonical, content_of, created_id, digest
+from replicate_proxy_mw.creates import (
+    MAX_SIZE,
+    canonical,
+    content_of,
+    created_id,
+    digest,
+    idempotency_key,
+    is_unsent,
+    watched,
+)
+from replicate_proxy_mw.errors import GuardrailFailed, RequestTimeout
 from replicate_proxy_mw.exchange import Chunks, ProxyResponse
+from tests.requests import request_of
 
 JSON = ((b"content-type", b"application/json"),)
 
@@ -147,3 +159,39 @@ def test_a_digest_is_that_of_its_parts_and_of_where_they_end(one: list[str | byt
 def test_the_id_of_what_was_created(status: int, body: bytes, whole: bool, id: str | None) -> None:
     response = ProxyResponse(status=status, headers=JSON, body=Chunks([body]))
     assert created_id(response, body, whole=whole) == id
+
+
+_VISIBLE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=255)
+
+
+@given(key=_VISIBLE)
+def test_a_key_is_the_same_in_quotes(key: str) -> None:
+    quoted = '"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    assert idempotency_key([(b"x", b"y"), (b"idempotency-key", quoted.encode())]) == key
+    if '"' not in key:
+        assert idempotency_key([(b"idempotency-key", key.encode())]) == key
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("changes", [{}, {"headers": JSON}, {"body": Chunks([b"another"])}])
+async def test_what_was_never_asked_for_was_not_sent(changes: dict[str, Any]) -> None:
+    request = watched(request_of("POST", "/predictions", body=Chunks([b"{}"]), content_length=2))
+    assert watched(request) is request
+    below = replace(request, **changes)
+    assert isinstance(below.body, Chunks)
+    assert below.body.at_hand == (b"another" if "body" in changes else b"{}")
+    assert is_unsent(request, None)
+    assert is_unsent(request, RequestTimeout(1))
+    assert b"".join([chunk async for chunk in below.body]) == below.body.at_hand
+    assert not is_unsent(request, None)
+    assert not is_unsent(request, GuardrailFailed())
+
+
+@pytest.mark.anyio
+async def test_nobody_asks_for_an_empty_body() -> None:
+    request = watched(request_of("POST", "/predictions"))
+    assert not is_unsent(request, None)
+    assert not is_unsent(request, RequestTimeout(1))
+    assert is_unsent(request, GuardrailFailed())
+    request.watch.opened = [ProxyResponse(status=201, headers=(), body=Chunks([]))]
+    assert not is_unsent(request, GuardrailFailed())

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -18,12 +19,10 @@ from anyio.lowlevel import checkpoint
 
 from replicate_proxy_mw import ending, sharing
 from replicate_proxy_mw.errors import LimitExceeded, ProxyError, UpstreamAborted, UpstreamFailed
-from replicate_proxy_mw.exchange import Chunks, ProxyRequest, ProxyResponse
-from replicate_proxy_mw.keys import ReplicateKey
-from replicate_proxy_mw.portkey import PortkeyContext
-from replicate_proxy_mw.routing import match
-from replicate_proxy_mw.sharing import SharedCall, forwarded_apart
-from tests.raw_asgi import TOKEN, Arriving
+from replicate_proxy_mw.exchange import ProxyRequest, ProxyResponse
+from replicate_proxy_mw.sharing import OfLoop, SharedCall, forwarded_apart
+from tests.raw_asgi import Arriving
+from tests.requests import request_of
 
 BACKENDS = ["asyncio", "trio"]
 
@@ -73,6 +72,16 @@ async def _settled() -> None:
         await checkpoint()
 
 
+@asynccontextmanager
+async def _waiting(call: SharedCall[Any], count: int) -> AsyncIterator[list[Waiter]]:
+    waiters = [Waiter(call) for _ in range(count)]
+    async with anyio.create_task_group() as tasks:
+        for waiter in waiters:
+            tasks.start_soon(waiter.wait)
+        await _settled()
+        yield waiters
+
+
 # --- a call
 
 
@@ -82,11 +91,7 @@ async def test_it_begins_at_once_and_all_get_what_it_returns() -> None:
     call = SharedCall(held)
     await _settled()
     assert (held.begun, call.is_open) == (1, True)
-    waiters = [Waiter(call) for _ in range(3)]
-    async with anyio.create_task_group() as tasks:
-        for waiter in waiters:
-            tasks.start_soon(waiter.wait)
-        await _settled()
+    async with _waiting(call, 3) as waiters:
         held.go_on.set()
     assert all(waiter.result is held.outcome for waiter in waiters)
     assert not call.is_open
@@ -99,11 +104,7 @@ async def test_it_begins_at_once_and_all_get_what_it_returns() -> None:
 async def test_who_leaves_disturbs_nobody(leaves: tuple[int, ...]) -> None:
     held = Held()
     call = SharedCall(held)
-    waiters = [Waiter(call) for _ in range(3)]
-    async with anyio.create_task_group() as tasks:
-        for waiter in waiters:
-            tasks.start_soon(waiter.wait)
-        await _settled()
+    async with _waiting(call, 3) as waiters:
         for i in leaves:
             waiters[i].leave()
             await _settled()
@@ -118,11 +119,7 @@ async def test_who_leaves_disturbs_nobody(leaves: tuple[int, ...]) -> None:
 async def test_the_last_who_leaves_ends_it() -> None:
     held = Held()
     call = SharedCall(held)
-    waiters = [Waiter(call) for _ in range(2)]
-    async with anyio.create_task_group() as tasks:
-        for waiter in waiters:
-            tasks.start_soon(waiter.wait)
-        await _settled()
+    async with _waiting(call, 2) as waiters:
         for waiter in waiters:
             assert call.is_open
             waiter.leave()
@@ -147,10 +144,7 @@ async def test_it_is_not_open_from_the_moment_that_nobody_waits() -> None:
                 await ended.wait()
 
     call = SharedCall(ends_slowly)
-    waiter = Waiter(call)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(waiter.wait)
-        await _settled()
+    async with _waiting(call, 1) as [waiter]:
         waiter.leave()
     assert not call.is_open
     ended.set()
@@ -171,10 +165,7 @@ async def test_who_leaves_at_once_ends_it_before_it_begins() -> None:
 async def test_one_that_goes_on_to_the_end_when_nobody_waits() -> None:
     held = Held()
     call = SharedCall(held, to_the_end=True)
-    waiter = Waiter(call)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(waiter.wait)
-        await _settled()
+    async with _waiting(call, 1) as [waiter]:
         waiter.leave()
     assert call.is_open
     held.go_on.set()
@@ -195,11 +186,7 @@ async def test_one_that_nobody_ever_waits_for_goes_on() -> None:
 async def test_each_gets_an_error_of_its_own() -> None:
     held = Held(LimitExceeded("no", retry_after=7))
     call = SharedCall(held)
-    waiters = [Waiter(call) for _ in range(3)]
-    async with anyio.create_task_group() as tasks:
-        for waiter in waiters:
-            tasks.start_soon(waiter.wait)
-        await _settled()
+    async with _waiting(call, 3) as waiters:
         held.go_on.set()
     errors = [waiter.result for waiter in waiters]
     assert all(isinstance(error, LimitExceeded) for error in errors)
@@ -328,11 +315,7 @@ def test_two_event_loops_in_two_threads(backends: tuple[str, str]) -> None:
         for n in range(50):
             held = Held(n)
             call = SharedCall(held)
-            waiters = [Waiter(call) for _ in range(3)]
-            async with anyio.create_task_group() as tasks:
-                for waiter in waiters:
-                    tasks.start_soon(waiter.wait)
-                await _settled()
+            async with _waiting(call, 3) as waiters:
                 waiters[n % 3].leave()
                 held.go_on.set()
             assert sorted(str(waiter.result) for waiter in waiters if not waiter.left) == [str(n)] * 2
@@ -353,23 +336,24 @@ def test_two_event_loops_in_two_threads(backends: tuple[str, str]) -> None:
     assert sharing._tasks == set()
 
 
+# --- a value
+
+
+def test_each_event_loop_has_one_of_its_own() -> None:
+    of_loop: OfLoop[list[object]] = OfLoop(list)
+    other: OfLoop[list[object]] = OfLoop(list)
+
+    async def main() -> list[object]:
+        value = of_loop.get()
+        assert of_loop.get() is value
+        assert other.get() is not value
+        value.append(1)
+        return value
+
+    assert [anyio.run(main, backend=backend) for backend in [*BACKENDS, *BACKENDS]] == [[1]] * 4
+
+
 # --- apart from the exchange
-
-
-def _request(**more: Any) -> ProxyRequest:
-    target = "/predictions/p1"
-    fields: dict[str, Any] = {
-        "method": "GET",
-        "target": target,
-        "route": match("GET", target),
-        "headers": (),
-        "body": Chunks([]),
-        "content_length": 0,
-        "key": ReplicateKey(TOKEN),
-        "portkey": PortkeyContext(api_key="pk"),
-        "scope": {},
-    }
-    return ProxyRequest(**(fields | more))
 
 
 class Opened:
@@ -411,7 +395,7 @@ class Upstream:
 async def test_an_answer_outlives_its_exchange() -> None:
     forward = Upstream(Arriving([b"a", b"b"]), headers=[(b"etag", b"1")])
     forward.go_on.set()
-    request = _request()
+    request = request_of()
     response, whole = await forwarded_apart(forward, request, max_size=2)
     assert whole
     for _ in range(2):  # for several
@@ -426,7 +410,7 @@ async def test_an_answer_outlives_its_exchange() -> None:
 @pytest.mark.anyio
 async def test_what_is_left_to_be_done_delays_nobody() -> None:
     forward = Upstream(Arriving([]))
-    await forwarded_apart(forward, _request(), max_size=2)
+    await forwarded_apart(forward, request_of(), max_size=2)
     await _settled()
     assert forward.ran == ["begun"]
     forward.go_on.set()
@@ -439,7 +423,7 @@ async def test_nothing_is_begun_where_nothing_is_left_to_be_done() -> None:
     async def forward(request: ProxyRequest) -> ProxyResponse:
         return ProxyResponse.json(200, {})
 
-    _, whole = await forwarded_apart(forward, _request(), max_size=2)
+    _, whole = await forwarded_apart(forward, request_of(), max_size=2)
     assert whole
     assert sharing._tasks == set()
 
@@ -449,7 +433,7 @@ async def test_nothing_is_begun_where_nothing_is_left_to_be_done() -> None:
 async def test_a_longer_body_is_cut_off(headers: Any) -> None:
     forward = Upstream(Arriving([b"a", b"bc", b"d"]), headers=headers)
     forward.go_on.set()
-    response, whole = await forwarded_apart(forward, _request(), max_size=2)
+    response, whole = await forwarded_apart(forward, request_of(), max_size=2)
     assert not whole
     assert (response.status, response.headers) == (200, headers)
     assert (forward.opened.closed, forward.own.closed) == (1, 1)
@@ -466,7 +450,7 @@ async def test_a_stream_of_events_is_not_waited_for() -> None:
 
     forward = Upstream(Silent(), headers=((b"content-type", b"text/event-stream"),))
     forward.go_on.set()
-    _, whole = await forwarded_apart(forward, _request(), max_size=2)
+    _, whole = await forwarded_apart(forward, request_of(), max_size=2)
     assert not whole
     assert (forward.opened.closed, forward.own.closed) == (1, 1)
 
@@ -481,7 +465,7 @@ async def test_a_cut_body_is_an_error_that_can_be_answered() -> None:
     forward = Upstream(Arriving(_cut()))
     forward.go_on.set()
     with pytest.raises(UpstreamFailed) as raised:
-        await forwarded_apart(forward, _request(), max_size=2)
+        await forwarded_apart(forward, request_of(), max_size=2)
     assert raised.value.__suppress_context__
     assert (forward.opened.closed, forward.own.closed) == (1, 1)
     await _settled()
@@ -499,7 +483,7 @@ async def test_what_fails_is_closed_too(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        await forwarded_apart(forward, _request(), max_size=2)
+        await forwarded_apart(forward, request_of(), max_size=2)
     assert inner.opened.closed == 1
     await _settled()
     assert inner.ran == ["begun", "done"]
@@ -509,7 +493,7 @@ async def test_what_fails_is_closed_too(error: Exception) -> None:
 async def test_what_nobody_waits_for_any_more_is_closed_too() -> None:
     forward = Upstream(Arriving([]), waits=True)
     forward.go_on.set()
-    call = SharedCall(partial(forwarded_apart, forward, _request(), max_size=2))
+    call = SharedCall(partial(forwarded_apart, forward, request_of(), max_size=2))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call.result)
         await forward.under_way.wait()
@@ -528,7 +512,7 @@ def test_an_event_loop_that_ends_waits_for_what_is_left_to_be_done(
     async def main() -> None:
         forward = Upstream(Arriving([b"a"]), waits=True)
         forwards.append(forward)
-        SharedCall(partial(forwarded_apart, forward, _request(), max_size=2))
+        SharedCall(partial(forwarded_apart, forward, request_of(), max_size=2))
         await forward.under_way.wait()
         if backend == "asyncio":
             asyncio.get_running_loop().call_later(0.05, forward.go_on.set)
@@ -557,7 +541,7 @@ def test_an_event_loop_that_ends_before_that_is_done(
 
     async def main() -> None:
         forward = Upstream(Arriving([b"a"]))
-        await forwarded_apart(forward, _request(), max_size=2)
+        await forwarded_apart(forward, request_of(), max_size=2)
         assert forward.opened.closed == 1
 
     anyio.run(main, backend=backend)
@@ -574,7 +558,7 @@ async def test_the_request_is_the_same_but_for_that() -> None:
         seen.append(request)
         return ProxyResponse.json(200, {})
 
-    request = _request(resend_count=1, traceparent="t")
+    request = request_of(resend_count=1, traceparent="t")
     await forwarded_apart(forward, request, max_size=2)
     assert seen == [replace(request)]
     assert seen[0].notes is request.notes

@@ -1,16 +1,16 @@
-"""Creates: what two of them have in common, what came of one, and how what it has made is read again."""
+"""Creates: their keys, what two of them have in common, whether one was sent, and what came of it."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any, NoReturn
 
-from . import routing
 from .errors import (
+    BadRequest,
     ClientDisconnected,
     GuardrailFailed,
     Overloaded,
@@ -19,11 +19,9 @@ from .errors import (
     StoreFailed,
     UpstreamUnreachable,
 )
-from .exchange import Chunks, Forward, ProxyRequest, ProxyResponse
+from .exchange import Chunks, Opened, ProxyRequest, ProxyResponse
 from .headers import HeaderList
-from .json_bodies import held, id_of, plain_of
-from .operations import Kind
-from .telemetry.request import current
+from .json_bodies import id_of, plain_of
 
 # Parsing a longer body holds up all other requests: the worst of this size a tenth of a second.
 MAX_SIZE = 1 << 20
@@ -31,8 +29,24 @@ MAX_SIZE = 1 << 20
 _JSON = re.compile(rb'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-# What is said of a body, and not of the exchange that it came with.
-_OF_THE_BODY = (b"content-type", b"content-encoding", b"content-language")
+# Visible characters: as they are, or as a string of Structured Fields (RFC 9651, section 3.3.3).
+_BARE = re.compile(r"[!#-~]{1,255}")
+_QUOTED = re.compile(r'"((?:[!#-\[\]-~]|\\["\\]){1,255})"')
+
+
+def idempotency_key(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The value of the header `Idempotency-Key`, None where there is none.
+
+    Raises:
+        BadRequest: it comes twice, or is not 1 to 255 visible ASCII characters, in quotes or not.
+    """
+    values = [value.decode("latin-1").strip(" \t") for name, value in headers if name == b"idempotency-key"]
+    if not values:
+        return None
+    quoted = _QUOTED.fullmatch(values[0])
+    if len(values) > 1 or not (quoted or _BARE.fullmatch(values[0])):
+        raise BadRequest("Idempotency-Key: must be one header of 1 to 255 visible ASCII characters.")
+    return re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else values[0]
 
 
 def content_of(headers: HeaderList, body: bytes) -> Any:
@@ -93,23 +107,64 @@ def fingerprint(request: ProxyRequest, body: bytes) -> str:
     return digest(request.operation or "", request.target, *same)
 
 
-class Body(Chunks):
-    """A body that knows whether sending it has begun: layers that look at it take it as it is at hand."""
+class Watch:
+    """What is known of a request on its way.
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__([content])
-        self.is_begun = not content  # nobody asks for an empty one
+    Attributes:
+        is_begun: its body was asked for by whoever sends it; layers that look at it take it as it is at hand.
+        opened: the answers that were had from Replicate.
+    """
+
+    is_begun = False
+    opened: Sequence[Opened] = ()
+
+
+class _Watched(Chunks):
+    def __init__(self, body: AsyncIterable[bytes], watch: Watch) -> None:
+        at_hand = body.at_hand if isinstance(body, Chunks) else None
+        if at_hand is None:
+            super().__init__((), body.__aiter__())
+        else:
+            super().__init__((at_hand,))
+        self._watch = watch
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        self.is_begun = True
+        self._watch.is_begun = True
         return super().__aiter__()
 
 
-def is_unsent(error: Exception, body: Body) -> bool:
-    """Whether `error` says that nothing was sent. What a layer refuses may have been made, too."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchedRequest(ProxyRequest):
+    """A request whose body is watched, whichever one layers put in by `replace`; what they make anew is not."""
+
+    watch: Watch = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.body, _Watched):
+            object.__setattr__(self, "body", _Watched(self.body, self.watch))
+
+
+def watched(request: ProxyRequest) -> WatchedRequest:
+    if isinstance(request, WatchedRequest):
+        return request
+    return WatchedRequest(**{one.name: getattr(request, one.name) for one in fields(request)}, watch=Watch())
+
+
+def is_unsent(request: WatchedRequest, error: Exception | None) -> bool:
+    """Whether nothing of a create was sent, which has come to `error` or, if that is None, to an answer.
+
+    What was never asked for is not sent. Nobody asks for an empty body, so that only the kind of error tells, where
+    there was no answer.
+    """
+    if request.watch.is_begun:
+        return False
+    if request.content_length != 0:
+        return True
+    if request.watch.opened:
+        return False
     refused = isinstance(error, ProxyError) and error.status < 500
     before = isinstance(error, (UpstreamUnreachable, Overloaded, StoreFailed, GuardrailFailed))
-    return (before or (refused and not isinstance(error, (RequestTimeout, ClientDisconnected)))) and not body.is_begun
+    return before or (refused and not isinstance(error, (RequestTimeout, ClientDisconnected)))
 
 
 def is_refused(response: ProxyResponse) -> bool:
@@ -123,33 +178,3 @@ def created_id(response: ProxyResponse, body: bytes, *, whole: bool) -> str | No
         return None
     id = id_of(plain_of(response, body) if whole else body)
     return id if id is not None and _ID.fullmatch(id) else None
-
-
-async def read_again(forward: Forward, request: ProxyRequest, kind: Kind, id: str) -> tuple[ProxyResponse, bytes, bool]:
-    """What Replicate shows of a prediction or training now, with the key of `request`, as `held` has it, and with those
-    headers alone that describe it.
-
-    Raises:
-        ProxyError, UpstreamAborted: what `forward` and its answer raised.
-    """
-    target = f"/{kind}s/{id}"
-    asked = replace(
-        request,
-        method="GET",
-        target=target,
-        route=routing.match("GET", target),
-        headers=((b"accept-encoding", b"identity"),),
-        body=Chunks([]),
-        content_length=0,
-    )
-    try:
-        response = await forward(asked)
-    finally:
-        if (span := current()) is not None:
-            # Replicate was asked, and yet what is answered is what another request has made.
-            span.outcome = "answered"
-    response, body, whole = await held(response)
-    described = [pair for pair in response.headers if pair[0] in _OF_THE_BODY]
-    if whole:
-        described += [(b"content-length", str(len(body)).encode())]
-    return replace(response, headers=tuple(described)), body, whole

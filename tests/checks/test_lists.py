@@ -24,7 +24,11 @@ def test_only_the_items_that_are_changed_change(
     items: list[Any], changed: set[int], withheld: set[int], indent: int | None
 ) -> None:
     page = {"next": None, "results": items, "more": {"results": [{"output": 1}]}}
-    places = {place: (place in withheld, place) for place in changed if place < len(items) and items[place] is not None}
+    places = {
+        place: (place in withheld, {"at": place})
+        for place in changed
+        if place < len(items) and items[place] is not None
+    }
     shown = json.loads(with_results(json.dumps(page, indent=indent), places))
     for place, (is_withheld, hooks) in places.items():
         gone = {name: value for name, value in (("output", None), ("logs", "")) if name in items[place]}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from replicate_proxy_mw import PermissionDenied
 from replicate_proxy_mw.checks import ALLOW, Check, Checked, Verdict
-from replicate_proxy_mw.checks.running import Result, first, hook_results, name_of, run
+from replicate_proxy_mw.checks.running import Result, first, hook_results, name_of, run, with_hook_results
 from replicate_proxy_mw.errors import LimitExceeded
 from tests.checks.asking import checked
 
@@ -95,7 +98,7 @@ async def test_a_caller_who_leaves_ends_the_checks() -> None:
 def test_hook_results_are_shaped_as_portkey_s() -> None:
     results = [
         Result("a", ALLOW, "2026-01-01T00:00:00+00:00", 3),
-        Result("b", Verdict.flag("why", data={"n": 1}), "2026-01-01T00:00:01+00:00", 7),
+        Result("b", Verdict.flag("why"), "2026-01-01T00:00:01+00:00", 7),
         Result("c", None, "2026-01-01T00:00:02+00:00", 5),
     ]
 
@@ -116,7 +119,7 @@ def test_hook_results_are_shaped_as_portkey_s() -> None:
         "transformed": False,
         "checks": [
             shown("a", True, None, None, 3, 0),
-            shown("b", False, {"explanation": "why", "n": 1}, None, 7, 1),
+            shown("b", False, {"explanation": "why"}, None, 7, 1),
             shown("c", True, None, {"name": "CheckFailed", "message": "This check failed."}, 5, 2),
         ],
         "feedback": None,
@@ -138,3 +141,11 @@ def _is_check(check: Check) -> Check:
 
 def test_functions_and_objects_are_checks() -> None:
     assert [name_of(_is_check(one)) for one in (allows, Named())] == ["allows", "my own"]
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=4), max_size=4), st.none() | st.just(2))
+def test_hook_results_are_put_behind_all_else(content: dict[str, Any], indent: int | None) -> None:
+    text, hooks = json.dumps(content, indent=indent, ensure_ascii=False) + " \n", hook_results()
+    shown = with_hook_results(text, hooks)
+    assert list(json.loads(shown).items()) == [*content.items(), ("hook_results", hooks)]
+    assert shown.startswith(text.rstrip()[:-1].rstrip())

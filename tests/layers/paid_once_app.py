@@ -15,5 +15,5 @@ store = RedisOnceStore(Redis.from_url(os.environ["REDIS"]), prefix=os.environ["P
 longest_create = float(os.environ["LONGEST_CREATE"])
 app = proxy(
     os.environ["UPSTREAM"],
-    layers=[reuse_results(store=store), idempotency_keys(store=store, longest_create=longest_create)],
+    layers=[idempotency_keys(store=store, longest_create=longest_create), reuse_results(store=store)],
 )

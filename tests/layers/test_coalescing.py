@@ -30,18 +30,18 @@ from opentelemetry.trace import SpanKind, StatusCode
 from replicate_proxy_mw import MappingKeyResolver, ReplicateKey
 from replicate_proxy_mw import waiting as waiting_module
 from replicate_proxy_mw.errors import LimitExceeded, ProxyError, RequestTimeout, UpstreamFailed
-from replicate_proxy_mw.exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
+from replicate_proxy_mw.exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from replicate_proxy_mw.layers import coalescing
 from replicate_proxy_mw.layers.coalescing import coalesce_polls
 from replicate_proxy_mw.layers.deadline import request_timeout
 from replicate_proxy_mw.portkey import PortkeyContext, Retry
-from replicate_proxy_mw.routing import match
 from replicate_proxy_mw.telemetry import request as request_module
 from replicate_proxy_mw.telemetry import story
 from replicate_proxy_mw.testing import FakeReplicate
 from replicate_proxy_mw.testing.serve import serve
-from tests.raw_asgi import KEY, TOKEN, Arriving, Caller, call, http_scope, proxy
+from tests.raw_asgi import KEY, TOKEN, Arriving, Caller, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream, answer_all
+from tests.requests import request_of
 from tests.telemetry.scenarios import of
 from tests.tenants import CREATES, A, B, ask, created
 
@@ -87,18 +87,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def polling(target: str = TARGET, *, who: str = "a", method: str = "GET", **more: Any) -> ProxyRequest:
-    fields: dict[str, Any] = {
-        "method": method,
-        "target": target,
-        "route": match(method, target.partition("?")[0]),
-        "headers": (),
-        "body": Chunks([]),
-        "content_length": 0,
-        "key": KEYS[who],
-        "portkey": PortkeyContext(api_key="pk"),
-        "scope": {},
-    }
-    return ProxyRequest(**(fields | more))
+    return request_of(method, target, **({"key": KEYS[who]} | more))
 
 
 @dataclass
@@ -549,12 +538,13 @@ def test_a_cancel_without_an_answer_may_have_been_received(backend: str, fate: s
 
 
 @each_backend
-def test_a_cancel_of_another_prediction_changes_nothing(backend: str) -> None:
+@pytest.mark.parametrize(("target", "who"), [("/predictions/p2", "a"), (TARGET, "b"), (TARGET, "c")])
+def test_a_cancel_of_another_prediction_or_by_another_key_changes_nothing(backend: str, target: str, who: str) -> None:
     async def scene() -> None:
         upstream = Upstream([1.0, 0.1])
         layered = coalesce_polls()(upstream)
         after = Poller(layered, polling(), at=0.4)
-        await all_of(Poller(layered, polling()), Poller(layered, cancelling("/predictions/p2"), at=0.1), after)
+        await all_of(Poller(layered, polling()), Poller(layered, cancelling(target, who=who), at=0.1), after)
         assert after.body == b'{"n":0}'
 
     play(backend, scene)
@@ -618,7 +608,12 @@ async def _scene(steps: list[Step], seconds: list[int], tenths: int) -> None:
         if poll.left:
             continue
         assert poll.body is not None, "each who stays gets an answer"
-        _fits(poll, by_body[poll.body], [cancel for cancel in cancels if _about(cancel) == _about(poll)], interval)
+        _fits(
+            poll,
+            by_body[poll.body],
+            [cancel for cancel in cancels if _about(cancel.request) == _about(poll.request)],
+            interval,
+        )
     _are_spaced(upstream.sent, cancels, interval)
     answered = {poll.body for poll in polls}
     for sent in upstream.sent:
@@ -640,8 +635,8 @@ def _poller(layered: Forward, step: Step) -> Poller:
     return Poller(layered, request, at=step.at / 10, patience=patience)
 
 
-def _about(poller: Poller) -> str:
-    return poller.request.route.params["prediction_id"]
+def _about(request: ProxyRequest) -> tuple[str, str]:
+    return request.route.params["prediction_id"], request.key.identity()
 
 
 def _fits(poll: Poller, sent: Sent, cancels: list[Poller], interval: float) -> None:
@@ -671,9 +666,8 @@ def _are_spaced(sent: list[Sent], cancels: list[Poller], interval: float) -> Non
             continue
         key = (one.request.key.identity(), one.request.target, tuple(_told(one.request)))
         earlier, last[key] = last.get(key), one
-        id = one.request.route.params["prediction_id"]
         if earlier is not None and one.begun < earlier.begun + interval - EPSILON:
-            ended = [cancel.ended for cancel in cancels if _about(cancel) == id]
+            ended = [cancel.ended for cancel in cancels if _about(cancel.request) == _about(one.request)]
             assert any(earlier.begun - EPSILON <= at <= one.begun + EPSILON for at in ended)
 
 
@@ -803,23 +797,6 @@ async def test_an_answer_that_is_cut_is_an_error_for_all(upstream: RawUpstream) 
         upstream.go_on.set()
     assert [caller.status for caller in callers] == [502] * 3
     assert len(upstream.requests) == 1
-    await app.aclose()
-
-
-@pytest_anyio
-async def test_no_answer_crosses_tenants_who_share_a_token(upstream: RawUpstream) -> None:
-    upstream.script = held
-    waiting: list[object] = []
-    keys = {f"pk-team-{name}": ReplicateKey(TOKEN, tenant=f"team-{name}") for name in "ab"}
-    layers = [watched(coalesce_polls(), waiting)]
-    app = proxy(upstream.url, key_resolver=MappingKeyResolver(keys), layers=layers)
-    callers = [Caller() for _ in range(4)]
-    async with anyio.create_task_group() as tasks:
-        for caller, who in zip(callers, (A, B, A, B), strict=True):
-            tasks.start_soon(caller.call, app, http_scope("GET", "/v1/predictions/p1", [who]))
-        await until(lambda: len(waiting) == 4 and len(upstream.requests) == 2)
-        upstream.go_on.set()
-    assert callers[0].content == callers[2].content != callers[1].content == callers[3].content
     await app.aclose()
 
 
@@ -1272,13 +1249,6 @@ async def test_waiting_is_no_overhead(
 
     assert total("replicate_proxy.request.duration") == 2 * (40 + 45 + 45)
     assert total("replicate_proxy.overhead.duration") == 0
-
-
-@pytest_anyio
-async def test_without_telemetry(upstream: RawUpstream) -> None:
-    app = proxy(upstream.url, layers=[coalesce_polls()])
-    caller = await call(app, http_scope("GET", "/v1/predictions/p1"))
-    assert (caller.status, caller.content) == (200, b"{}")
 
 
 @pytest_anyio

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio
@@ -18,18 +18,28 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from replicate_proxy_mw import Forward, PermissionDenied, ProxyRequest, ProxyResponse
+from replicate_proxy_mw import (
+    Forward,
+    MappingKeyResolver,
+    PermissionDenied,
+    Policy,
+    ProxyRequest,
+    ProxyResponse,
+    ReplicateKey,
+)
 from replicate_proxy_mw.errors import GuardrailFailed, ProxyError, RequestTimeout
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.json_bodies import held
 from replicate_proxy_mw.layers import idempotency
 from replicate_proxy_mw.layers.idempotency import idempotency_keys
+from replicate_proxy_mw.layers.results import reuse_results
+from replicate_proxy_mw.sharing import SharedCall
 from replicate_proxy_mw.store import keyed
 from replicate_proxy_mw.store.once import MemoryOnceStore
 from replicate_proxy_mw.telemetry import names
 from replicate_proxy_mw.testing import FakeReplicate, ManualClock
 from tests.paid import BODY, OUTCOMES, A, B, C, D, Replicate, SwitchedOnce, code, create, hangs, paying, refuses, told
-from tests.raw_asgi import TOKEN, Caller, call, http_scope
+from tests.raw_asgi import TOKEN, Caller, call, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream
 from tests.telemetry.scenarios import Recorded, of
 from tests.tenants import CREATES, FORM, JSON, MINE
@@ -271,10 +281,14 @@ def answering(layer: Callable[[Forward, ProxyRequest], Awaitable[ProxyResponse]]
     return made
 
 
-@pytest.mark.parametrize("error", [PermissionDenied("no"), GuardrailFailed(), RequestTimeout(1), ProxyError()])
+REFUSALS = (PermissionDenied("no"), GuardrailFailed())
+
+
+@pytest.mark.parametrize("error", [*REFUSALS, RequestTimeout(1), ProxyError(), ZeroDivisionError()])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("body", [BODY, b""])
-async def test_what_a_layer_below_refuses(error: ProxyError, when: str, body: bytes) -> None:
+async def test_what_a_layer_below_refuses(error: Exception, when: str, body: bytes) -> None:
+    """Of a body it is known whether it was asked for; where there is none, only refusals say that it did not go up."""
     refusing = True
 
     async def layer(forward: Forward, request: ProxyRequest) -> ProxyResponse:
@@ -282,18 +296,59 @@ async def test_what_a_layer_below_refuses(error: ProxyError, when: str, body: by
         if when == "after":
             await forward(request)
         if refusing:
-            raise error.anew()
+            raise error.anew() if isinstance(error, ProxyError) else error
         return await forward(request)
 
     replicate = Replicate()
     app = paying(transport=replicate, layers=[idempotency_keys(), answering(layer)])
-    assert (await create(app, K, body=body)).status == error.status
+    first = await create(app, (b"content-length", str(len(body)).encode()), K, body=body)
+    assert first.status == getattr(error, "status", 500)
     refusing = False
     before = len(replicate.arrived)
-    again = await create(app, K, body=body)
-    is_free = when == "before" and body != b"" and isinstance(error, (PermissionDenied, GuardrailFailed))
+    again = await create(app, (b"content-length", str(len(body)).encode()), K, body=body)
+    is_free = when == "before" and (body != b"" or error in REFUSALS)
     assert (again.status == 201) == is_free
     assert len(replicate.arrived) == before + is_free
+
+
+@pytest.mark.parametrize("body", [BODY, b""])
+async def test_an_answer_of_a_layer_below_that_sends_nothing(body: bytes) -> None:
+    is_out_of_order = True
+
+    async def layer(forward: Forward, request: ProxyRequest) -> ProxyResponse:
+        return ProxyResponse.json(503, {}) if is_out_of_order else await forward(request)
+
+    app = paying(transport=Replicate(), layers=[idempotency_keys(), answering(layer)])
+    length = (b"content-length", str(len(body)).encode())
+    assert (await create(app, length, K, body=body)).status == 503
+    is_out_of_order = False
+    # With no body it could be Replicate's.
+    assert (await create(app, length, K, body=body)).status == (201 if body else 409)
+
+
+@pytest.mark.parametrize("how", ["at hand", "as it comes"])
+async def test_another_body_that_a_layer_has_put_in_is_a_body_that_is_sent(how: str) -> None:
+    async def as_it_comes() -> AsyncIterator[bytes]:
+        yield LATER
+
+    async def layer(forward: Forward, request: ProxyRequest) -> ProxyResponse:
+        changed = Chunks([LATER]) if how == "at hand" else as_it_comes()
+        await forward(replace(request, body=changed, content_length=len(LATER)))
+        raise ZeroDivisionError
+
+    replicate = Replicate()
+    app = paying(transport=replicate, layers=[idempotency_keys(), answering(layer)])
+    assert (await create(app, K)).status == 500
+    assert code(await create(app, K)) == (409, "create_unknown")
+    assert [body for _, _, body in replicate.arrived] == [LATER]
+
+
+async def test_two_of_them_know_both_what_was_sent() -> None:
+    replicate = Replicate(outcomes=["error"])
+    app = paying(transport=replicate, layers=[idempotency_keys(), idempotency_keys()])
+    assert (await create(app, K)).status == 500
+    assert code(await create(app, K)) == (409, "create_unknown")
+    assert len(replicate.arrived) == 1
 
 
 @pytest.mark.parametrize("id", [b'"id":"p1",', b""])
@@ -336,6 +391,7 @@ async def test_an_answer_of_a_layer_below_is_one(monkeypatch: pytest.MonkeyPatch
 
 async def test_a_stream_of_events_is_no_answer_to_be_shared() -> None:
     async def layer(forward: Forward, request: ProxyRequest) -> ProxyResponse:
+        await forward(request)
         headers = ((b"content-type", b"text/event-stream"),)
         return ProxyResponse(status=201, headers=headers, body=Chunks([b'{"id": "p0"}']))
 
@@ -572,6 +628,65 @@ async def test_nobody_waits_for_one_after_the_other_without_end() -> None:
     assert replicate.arrived == []
 
 
+def at_once(call: Callable[[], Any], **options: Any) -> SharedCall[Any]:
+    """As an event loop with eager tasks does it (Python 3.12): what does not wait has ended when it is made."""
+    error: Exception | None = None
+    came = None
+    try:
+        call().send(None)
+    except StopIteration as ended:
+        came = ended.value
+    except Exception as raised:
+        error = raised
+
+    async def result() -> Any:
+        if error is not None:
+            raise error
+        return came
+
+    return SharedCall(result, **options)
+
+
+async def test_a_call_may_end_where_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_refusing = True
+
+    async def layer(forward: Forward, request: ProxyRequest) -> ProxyResponse:
+        if is_refusing:
+            raise PermissionDenied("not now")
+        return await forward(request)
+
+    app = paying(transport=Replicate(), layers=[idempotency_keys(), answering(layer)])
+    with monkeypatch.context() as patch:
+        patch.setattr(idempotency, "SharedCall", at_once)
+        assert (await create(app, K)).status == 403
+    is_refusing = False
+    again = await create(app, K)
+    assert (again.status, replayed(again)) == (201, False)
+
+
+@pytest.mark.parametrize("how", ["leaves", "limit", "lost"])
+async def test_what_its_exchange_holds_is_held_until_it_ends(how: str) -> None:
+    keys = {"pk-a": ReplicateKey(TOKEN, tenant="team-a", policy=Policy(max_in_flight=1))}
+    replicate, resolver = Replicate(), MappingKeyResolver(keys)
+    layers = [idempotency_keys(longest_create=0.1 if how == "lost" else 180)]
+    app = proxy("http://127.0.0.1:1/v1", transport=replicate, layers=layers, key_resolver=resolver)
+    replicate.hold, replicate.waiting = anyio.Event(), anyio.Event()
+    limit = [(b"x-portkey-request-timeout", b"50")] if how == "limit" else []
+    caller = Caller([BODY])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, http_scope("POST", "/v1/predictions", [A, JSON, K, *limit]))
+        await replicate.waiting.wait()
+        if how == "leaves":
+            caller.left.set()
+    assert caller.status == {"leaves": 499, "limit": 408, "lost": 409}[how]
+    for name in (b"k2", b"k3"):
+        assert code(await create(app, (b"idempotency-key", name))) == (429, "limit_exceeded")
+    replicate.hold.set()
+    await settled()
+    assert (await create(app, (b"idempotency-key", b"k2"))).status == 201
+    assert len(replicate.arrived) == 2
+
+
 # --- the store out of order
 
 
@@ -707,13 +822,37 @@ async def test_the_spans_of_it(exporter: InMemorySpanExporter, tracer_provider: 
     attempts = [span for span in spans if span.kind is SpanKind.CLIENT]
     assert [span.name for span in attempts] == ["POST /v1/predictions", "GET /v1/predictions/{prediction_id}"]
     told_of = {tuple(of(span, names.OUTCOME, names.PREDICTION_ID)) for span in requests}
-    assert told_of == {("forwarded", "p0"), ("answered", None), ("answered", "p0")}
+    assert told_of == {("forwarded", "p0"), ("answered", "p0")}
     first = next(span for span in requests if of(span, names.OUTCOME) == ["forwarded"])
     last = requests[-1]
     assert [span.parent and span.parent.span_id for span in attempts] == [
         span.context and span.context.span_id for span in (first, last)
     ]
-    assert [link.context.span_id for link in last.links] == [first.context and first.context.span_id]
+    others = [span for span in requests if span is not first]
+    assert last in others
+    assert [of(span, names.COALESCED) for span in others] == [[True], [None]]
+    for span in others:
+        assert [link.context.span_id for link in span.links] == [first.context and first.context.span_id]
+
+
+async def test_what_the_cache_below_says_is_on_the_spans_of_all_who_are_told_it(
+    exporter: InMemorySpanExporter, tracer_provider: TracerProvider
+) -> None:
+    replicate = Replicate()
+    layers = [idempotency_keys(), reuse_results()]
+    app = paying(transport=replicate, layers=layers, tracer_provider=tracer_provider)
+    replicate.hold, replicate.waiting = anyio.Event(), anyio.Event()
+    callers = [Caller([BODY]) for _ in "ab"]
+    simple = (b"x-portkey-config", b'{"cache": {"mode": "simple"}}')
+    async with anyio.create_task_group() as tasks:
+        for caller in callers:
+            tasks.start_soon(caller.call, app, http_scope("POST", "/v1/predictions", [A, JSON, K, simple]))
+        await replicate.waiting.wait()
+        await settled()
+        replicate.hold.set()
+    assert [caller.header(b"x-portkey-cache-status") for caller in callers] == [[b"MISS"]] * 2
+    requests = [span for span in Recorded(exporter).all if span.kind is SpanKind.SERVER]
+    assert [of(span, names.CACHE_STATUS) for span in requests] == [["MISS"]] * 2
 
 
 async def test_waiting_for_another_is_none_of_the_proxy_s_own_time() -> None:
@@ -747,8 +886,8 @@ def _sum(reader: InMemoryMetricReader, name: str) -> float:
     return sum(point.sum for point in metric.data.data_points if isinstance(point, HistogramDataPoint))
 
 
-async def test_a_create_whose_caller_has_left_has_its_span(
-    exporter: InMemorySpanExporter, tracer_provider: TracerProvider
+async def test_a_create_whose_caller_has_left_is_told(
+    exporter: InMemorySpanExporter, tracer_provider: TracerProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
     replicate = Replicate()
     app = paying(transport=replicate, layers=[idempotency_keys()], tracer_provider=tracer_provider)
@@ -766,6 +905,40 @@ async def test_a_create_whose_caller_has_left_has_its_span(
     assert request.context is not None
     assert attempt.parent is not None
     assert attempt.parent.span_id == request.context.span_id
+    # Who asks for it later is led to where it was created.
+    await Caller().call(app, http_scope("GET", "/v1/predictions/p0", [A]))
+    poll = Recorded(exporter).all[-1]
+    assert [link.context.span_id for link in poll.links] == [request.context.span_id]
+    assert of(poll, names.TRANSITION) == [True]
+    assert not [record for record in caplog.records if record.name.startswith("opentelemetry")]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_the_end_that_a_create_has_seen_is_told_once(
+    exporter: InMemorySpanExporter, tracer_provider: TracerProvider, leaves: bool
+) -> None:
+    replicate = Replicate(status="succeeded")
+    app = paying(transport=replicate, layers=[idempotency_keys()], tracer_provider=tracer_provider)
+    replicate.hold, replicate.waiting = anyio.Event(), anyio.Event()
+    caller, waits = Caller([BODY]), Caller([BODY])
+    scope = http_scope("POST", "/v1/predictions", [A, JSON, K])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, scope)
+        await replicate.waiting.wait()
+        if leaves:
+            caller.left.set()
+            await settled()
+        tasks.start_soon(waits.call, app, scope)
+        await settled()
+        replicate.hold.set()
+    await settled()
+    spans = Recorded(exporter).unchecked
+    first = next(span for span in spans if of(span, names.OUTCOME)[0] in ("forwarded", "client_disconnected"))
+    [run] = [span for span in spans if of(span, names.ORIGIN) != [None]]
+    assert of(run, names.ORIGIN, names.OBSERVED_BY, names.TENANT, names.POLLS) == ["store", "create", "team-a", 0]
+    assert run.parent is not None
+    assert first.context is not None
+    assert run.parent.span_id == first.context.span_id
 
 
 # --- the invariant

@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -21,31 +18,15 @@ from replicate_proxy_mw import Forward, MappingKeyResolver, ProxyRequest, ProxyR
 from replicate_proxy_mw.errors import LimitExceeded, StoreFailed
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.layers.limits import TenantLimits, limit_requests
-from replicate_proxy_mw.portkey import PortkeyContext
-from replicate_proxy_mw.routing import match
+from tests.counting import on_asyncio, out_of_order, storage_of, two_processes
 from tests.raw_asgi import TOKEN, call, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream
+from tests.requests import request_of
 from tests.services import RedisServer, redis_server
 
 pytestmark = pytest.mark.anyio
 
-on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
-
 CREATE, READ = ("POST", "/predictions"), ("GET", "/predictions/p1")
-
-
-def request_of(key: ReplicateKey, method: str = "POST", target: str = "/predictions") -> ProxyRequest:
-    return ProxyRequest(
-        method=method,
-        target=target,
-        route=match(method, target),
-        headers=(),
-        body=Chunks([]),
-        content_length=0,
-        key=key,
-        portkey=PortkeyContext(api_key="pk"),
-        scope={},
-    )
 
 
 class Upstream:
@@ -75,7 +56,7 @@ def team(name: str) -> ReplicateKey:
 
 async def passed(forward: Forward, key: ReplicateKey, method: str = "POST", target: str = "/predictions") -> bool:
     try:
-        await forward(request_of(key, method, target))
+        await forward(request_of(method, target, key=key))
     except LimitExceeded:
         return False
     return True
@@ -144,6 +125,11 @@ async def test_what_passes_keeps_what_replicate_says_of_its_own_limit(upstream: 
         ("POST", "/predictions/p1/cancel", "others"),
         ("GET", "/predictions", "others"),
         ("GET", "/what/nobody/knows", "others"),
+        ("POST", "/what/nobody/knows", "creates"),
+        ("POST", "/predictions/", "creates"),
+        ("POST", "/Predictions", "creates"),
+        ("POST", "/predictions%2f", "creates"),
+        ("GET", "/predictions/", "others"),
     ],
 )
 async def test_creates_count_apart_from_all_else(method: str, target: str, kind: str) -> None:
@@ -196,7 +182,7 @@ async def test_what_a_short_limit_refuses_does_not_count_for_a_longer_one() -> N
         assert await count(limited, team("a")) == 2
         clock.now += 1.5
     with pytest.raises(LimitExceeded, match="10 creates per day is what this tenant may make; try again in 86393 s"):
-        await limited(request_of(team("a")))
+        await limited(request_of(*CREATE, key=team("a")))
 
 
 LIMITS = st.lists(
@@ -245,7 +231,7 @@ def test_who_comes_back_when_told_is_let_pass(amount: int, seconds: int, pauses:
         for pause in pauses:
             clock.now += pause
             try:
-                await limited(request_of(team("a")))
+                await limited(request_of(*CREATE, key=team("a")))
             except LimitExceeded as error:
                 # The way here takes a moment, too.
                 clock.now += int(dict(error.headers)[b"retry-after"]) + 0.001
@@ -309,15 +295,6 @@ class Asked(RedisStorage):
         return await super().acquire_entry(key, limit, expiry, amount)
 
 
-@asynccontextmanager
-async def storage_of(server: RedisServer) -> AsyncIterator[Any]:
-    storage: Any = Asked(f"async+{server.url}", implementation="redispy", key_prefix=str(uuid.uuid4()))
-    try:
-        yield storage
-    finally:
-        await storage.bridge.storage.aclose()
-
-
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[RedisServer]:
     """A server that a test may stop."""
@@ -328,16 +305,17 @@ def own_server() -> Iterator[RedisServer]:
 @on_asyncio
 async def test_many_at_once_are_all_counted(redis_service: RedisServer) -> None:
     async with storage_of(redis_service) as storage:
-        limited = limit_requests(creates="300/hour", storage=storage, timeout=10)(Upstream())
-        passing: list[bool] = []
+        limited = limit_requests(creates="300/hour", storage=storage)(Upstream())
+        passing: list[str] = []
 
-        async def one() -> None:
-            passing.append(await passed(limited, team("a")))
+        async def one(who: str) -> None:
+            if await passed(limited, team(who)):
+                passing.append(who)
 
         async with anyio.create_task_group() as tasks:
-            for _ in range(400):
-                tasks.start_soon(one)
-        assert sum(passing) == 300
+            for who in [*"a" * 2000, *"b" * 400]:
+                tasks.start_soon(one, who)
+        assert [passing.count(who) for who in "ab"] == [300, 300]
 
 
 @on_asyncio
@@ -348,7 +326,7 @@ async def test_redis_counts_as_memory_does(redis_service: RedisServer) -> None:
         assert [await count(limited, team(name)) for name in "ab"] == [5, 5]
         assert await count(limited, team("a"), READ) == 3
         with pytest.raises(LimitExceeded, match="5 creates per minute") as refused:
-            await limited(request_of(team("a")))
+            await limited(request_of(*CREATE, key=team("a")))
         assert 1 <= int(dict(refused.value.headers)[b"ratelimit-reset"]) <= 60
         assert upstream.calls == 13
 
@@ -372,48 +350,9 @@ asyncio.run(main(sys.argv[1], sys.argv[2]))
 """
 
 
-def two_processes(program: str, *arguments: str) -> list[str]:
-    """What each of two has to tell, which begin at the same moment."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", program, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return [process.communicate(timeout=15)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
-
 def test_two_processes_let_pass_exactly_as_many_as_one(redis_service: RedisServer) -> None:
     told = two_processes(ANOTHER_PROCESS, f"async+{redis_service.url}", str(uuid.uuid4()))
     assert sum(map(int, told)) == 100
-
-
-@contextmanager
-def out_of_order(server: RedisServer, outage: str) -> Iterator[None]:
-    if outage == "frozen":
-        with server.frozen():
-            yield
-        return
-    server.stop()
-    try:
-        yield
-    finally:
-        server.start()
 
 
 @pytest.mark.parametrize("outage", ["stopped", "frozen"])
@@ -421,7 +360,7 @@ def out_of_order(server: RedisServer, outage: str) -> Iterator[None]:
 async def test_while_redis_is_out_of_order_requests_pass_uncounted_and_not_each_is_logged(
     own_server: RedisServer, outage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with storage_of(own_server) as storage:
+    async with storage_of(own_server, kind=Asked) as storage:
         upstream = Upstream()
         limited = limit_requests(creates="2/hour", storage=storage, timeout=0.1)(upstream)
         assert await count(limited, team("a"), tries=3) == 2
@@ -452,7 +391,7 @@ async def test_a_host_may_have_them_refused_instead(own_server: RedisServer, out
                 with pytest.raises(
                     StoreFailed, match=r"^limit_requests: this could not be counted, and nothing was sent"
                 ):
-                    await limited(request_of(team("a")))
+                    await limited(request_of(*CREATE, key=team("a")))
             assert upstream.calls == 0
             # What has no limit needs no storage.
             assert await count(limited, team("a"), READ) == 10
@@ -463,4 +402,4 @@ async def test_a_host_may_have_them_refused_instead(own_server: RedisServer, out
 async def test_under_trio_redis_is_out_of_order(redis_service: RedisServer) -> None:
     storage: Any = RedisStorage(f"async+{redis_service.url}", implementation="redispy")
     with pytest.raises(StoreFailed):
-        await limit_requests(storage=storage, fail_open=False)(Upstream())(request_of(team("a")))
+        await limit_requests(storage=storage, fail_open=False)(Upstream())(request_of(*CREATE, key=team("a")))

@@ -5,7 +5,7 @@ import json
 import math
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,19 +33,16 @@ from replicate_proxy_mw.errors import (
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.json_bodies import MAX_SIZE
 from replicate_proxy_mw.layers.spending import SpendingLimit, limit_spending
-from replicate_proxy_mw.portkey import PortkeyContext
-from replicate_proxy_mw.routing import match
 from replicate_proxy_mw.store.counters import MemoryCounters, owner
 from replicate_proxy_mw.telemetry import PriceRequest
 from replicate_proxy_mw.testing import FakeReplicate
 from replicate_proxy_mw.testing.clock import ManualClock
-from tests.layers.test_limits import out_of_order, two_processes
+from tests.counting import on_asyncio, out_of_order, storage_of, two_processes
 from tests.raw_asgi import TOKEN, Caller, call, http_scope, proxy
+from tests.requests import request_of
 from tests.services import RedisServer, redis_server
 
 pytestmark = pytest.mark.anyio
-
-on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 A, B, FREE = ReplicateKey(TOKEN, tenant="a"), ReplicateKey(TOKEN, tenant="b"), ReplicateKey(TOKEN)
 
@@ -90,23 +87,9 @@ class Replicate:
 ENDS = ("succeeded", "failed", "canceled", "aborted")
 
 
-def request_of(key: ReplicateKey, method: str, target: str) -> ProxyRequest:
-    return ProxyRequest(
-        method=method,
-        target=target,
-        route=match(method, target),
-        headers=(),
-        body=Chunks([]),
-        content_length=0,
-        key=key,
-        portkey=PortkeyContext(api_key="pk"),
-        scope={},
-    )
-
-
 async def exchange(forward: Forward, key: ReplicateKey, method: str, target: str) -> ProxyResponse:
     """What the middleware does with a request."""
-    request = request_of(key, method, target)
+    request = request_of(method, target, key=key)
     try:
         return await forward(request)
     finally:
@@ -425,6 +408,35 @@ async def test_an_earlier_run_that_answers_a_create_is_not_reserved_for_again() 
         assert await layer.spent("a") == COST
 
 
+@pytest.mark.parametrize("target", ["/predictions/", "/Predictions", "/predictions%2f", "/what/nobody/knows"])
+async def test_a_post_that_may_be_another_spelling_of_a_create_counts_as_one(target: str) -> None:
+    layer, forward = spending(replicate := Replicate(), per_day=1, reserve=1.0)
+    replicate.answer = status(404)
+    await create(forward, target=target)
+    assert await layer.spent("a") == 0
+    replicate.runs["p0"] = "starting"
+    replicate.answer = lambda request: ProxyResponse.json(201, replicate.payload("p0"))
+    await create(forward, target=target)
+    assert await layer.spent("a") == 1
+    with pytest.raises(SpendLimitReached):
+        await create(forward, target=target)
+    assert replicate.calls == 2
+    assert (await exchange(forward, A, "GET", target)).status == 201  # no other method is refused
+    replicate.end()
+    await poll(forward, "p0")
+    assert await layer.spent("a") == COST
+
+
+async def test_what_was_reserved_for_an_answer_that_was_not_read_counts_beside_the_cost() -> None:
+    layer, forward = spending(replicate := Replicate(), reserve=1.0)
+    replicate.answer = raises(ClientDisconnected())
+    with suppress(ClientDisconnected):
+        await create(forward)
+    replicate.answer, replicate.runs["p0"] = None, "succeeded"
+    await poll(forward, "p0")
+    assert await layer.spent("a") == 1 + COST
+
+
 async def test_who_leaves_before_anything_went_up_has_spent_nothing_and_after_it_what_was_reserved() -> None:
     async def hangs(request: ProxyRequest) -> ProxyResponse:
         under_way.set()
@@ -551,7 +563,7 @@ def test_each_run_counts_once_whoever_sees_its_end_first(
     async def play() -> None:
         replicate = Replicate(created_as="succeeded" if ends_at_once else "starting")
         layer, forward = spending(replicate, reserve=reserve, storage=Yielding(pauses), timeout=60)
-        made = request_of(A, "POST", "/predictions")
+        made = request_of("POST", "/predictions", key=A)
         await forward(made)
         replicate.end()
         async with anyio.create_task_group() as tasks:
@@ -596,7 +608,7 @@ async def _play(steps: list[tuple[ReplicateKey, str, bool]], reserve: float) -> 
     for key, outcome, at_once in steps:
         replicate.answer = answers.get(outcome)
         replicate.created_as = "failed" if outcome == "ended" else "starting"
-        request = request_of(key, "POST", "/predictions")
+        request = request_of("POST", "/predictions", key=key)
         spent = expected[owner(key)]
         before = replicate.calls
         with anyio.CancelScope() as scope:
@@ -644,16 +656,6 @@ def _leave(scope: anyio.CancelScope, request: ProxyRequest) -> ProxyResponse:
 
 
 # --- Redis
-
-
-@asynccontextmanager
-async def storage_of(server: RedisServer, prefix: str = "") -> AsyncIterator[Any]:
-    prefix = prefix or str(uuid.uuid4())
-    storage: Any = RedisStorage(f"async+{server.url}", implementation="redispy", key_prefix=prefix)
-    try:
-        yield storage
-    finally:
-        await storage.bridge.storage.aclose()
 
 
 @pytest.fixture(scope="module")
@@ -752,7 +754,7 @@ async def test_while_redis_is_out_of_order_creates_are_refused_and_all_else_pass
 async def test_a_host_may_have_creates_pass(own_server: RedisServer, outage: str) -> None:
     async with storage_of(own_server) as storage:
         layer, forward = spending(replicate := Replicate(), storage=storage, timeout=0.1, reserve=1.0, fail_open=True)
-        made = request_of(A, "POST", "/predictions")
+        made = request_of("POST", "/predictions", key=A)
         with out_of_order(own_server, outage):
             assert await creates(forward, tries=3) == 3
             assert (await forward(made)).status == 201
@@ -771,7 +773,7 @@ async def test_no_answer_waits_for_redis_and_what_was_reserved_stays(own_server:
     async with storage_of(own_server) as storage:
         replicate = Replicate(created_as="succeeded")
         layer, forward = spending(replicate, storage=storage, timeout=1000, reserve=1.0)
-        made, read = request_of(A, "POST", "/predictions"), request_of(A, "GET", "/predictions/p0")
+        made, read = request_of("POST", "/predictions", key=A), request_of("GET", "/predictions/p0", key=A)
 
         def answer(request: ProxyRequest) -> ProxyResponse:
             replicate.answer = None

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from replicate_proxy_mw import ReplicateKey
-from replicate_proxy_mw.store.counters import MemoryCounters, of_tenant, owner
+from replicate_proxy_mw.errors import StoreFailed
+from replicate_proxy_mw.store.counters import MAX_CALLS, Counters, MemoryCounters, of_tenant, owner
 from tests.raw_asgi import TOKEN
 
 pytestmark = pytest.mark.anyio
@@ -131,3 +135,100 @@ async def test_counters_are_those_of_a_tenant_or_of_a_key_without_one() -> None:
     )
     assert tenant == of_tenant("a") == owner(ReplicateKey(TOKEN[::-1], tenant="a"))
     assert len({tenant, free, else_free, of_tenant(""), of_tenant("b"), of_tenant("\ud800")}) == 6
+
+
+# --- a storage that is asked in bounded time
+
+
+class Slow(MemoryCounters):
+    """Takes so many steps to count, which hold up the event loop for so many seconds each."""
+
+    def __init__(self, *, steps: float = 0, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.steps, self.seconds, self.calls, self.most, self._under_way = steps, seconds, 0, 0, 0
+
+    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+        self.calls += 1
+        self._under_way += 1
+        self.most = max(self.most, self._under_way)
+        try:
+            step = 0
+            while step < self.steps:
+                step += 1
+                time.sleep(self.seconds)  # noqa: ASYNC251 - that is what it is for
+                await (anyio.sleep(0.05) if self.steps == FOREVER else anyio.lowlevel.checkpoint())
+        finally:
+            self._under_way -= 1
+        return await super().incr(key, expiry, amount)
+
+
+FOREVER = float("inf")
+
+
+async def _counted(counters: Counters) -> bool:
+    try:
+        await counters.call(lambda storage: storage.incr("a", 100))
+    except StoreFailed:
+        return False
+    return True
+
+
+async def _at_once(counters: Counters, times: int) -> list[bool]:
+    counted: list[bool] = []
+
+    async def one() -> None:
+        counted.append(await _counted(counters))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(times):
+            tasks.start_soon(one)
+    return counted
+
+
+async def test_waiting_for_a_turn_takes_nothing_of_a_call_s_time() -> None:
+    storage = Slow(steps=1, seconds=0.0005)
+    counters = Counters("counting", storage, timeout=0.02)
+    assert await _at_once(counters, 300) == [True] * 300
+    assert storage.most == MAX_CALLS
+
+
+async def test_an_event_loop_that_is_held_up_is_no_outage() -> None:
+    counters = Counters("counting", Slow(steps=5, seconds=0.02), timeout=0.02)
+    assert await _counted(counters)
+
+
+@pytest.mark.parametrize("rest", [0.0, 60.0])
+async def test_who_waits_for_a_turn_while_it_hangs_fails_with_the_first(
+    rest: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Slow(steps=FOREVER)
+    counters = Counters("counting", storage, timeout=0.1, rest=rest)
+    assert await _at_once(counters, 300) == [False] * 300
+    assert storage.calls == MAX_CALLS
+    assert caplog.messages == ["counting: storage failed: TimeoutError"]
+    storage.steps = 0
+    assert await _counted(counters) == (not rest)
+
+
+async def test_who_leaves_while_it_waits_for_a_turn_has_counted_nothing() -> None:
+    storage = Slow(steps=FOREVER)
+    counters = Counters("counting", storage, timeout=60)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(MAX_CALLS):
+            tasks.start_soon(_counted, counters)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.move_on_after(0.05) as left:
+            await counters.call(lambda storage: storage.incr("a", 100), shield=True)
+        assert left.cancelled_caught
+        assert storage.calls == MAX_CALLS
+        tasks.cancel_scope.cancel()
+
+
+async def test_what_it_raises_is_told_by_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails(_: Any) -> None:
+        raise OSError("hunter2")
+
+    counters = Counters("counting", Slow(), timeout=60)
+    with pytest.raises(StoreFailed, match=r"^counting: this could not be counted"), caplog.at_level(logging.ERROR):
+        await counters.call(fails)
+    assert caplog.messages == ["counting: storage failed: OSError"]

@@ -50,7 +50,7 @@ def request_span(tracer_provider: TracerProvider) -> Callable[..., RequestSpan]:
     async def nothing(span: RequestSpan) -> None:
         pass
 
-    def make(*, recording: bool = True, counts: bool = True) -> RequestSpan:
+    def make(*, recording: bool = True, counts: bool = True, story: Any = nothing) -> RequestSpan:
         afterwards: list[Callable[[], Awaitable[None]]] = []
         reader = InMemoryMetricReader()
         return RequestSpan(
@@ -61,7 +61,7 @@ def request_span(tracer_provider: TracerProvider) -> Callable[..., RequestSpan]:
             is_server=True,
             instruments=Metrics(MeterProvider([reader], shutdown_on_exit=False)).current() if counts else None,
             afterwards=afterwards,
-            story=nothing,
+            story=story,
         )
 
     return make
@@ -115,7 +115,41 @@ def test_what_has_seen_nothing_yet(request_span: Make, sighting: Sighting | None
     beginner.sighting = sighting
     with other, pytest.raises(ZeroDivisionError), joint.waiting():
         raise ZeroDivisionError
-    assert other.sighting is sighting
+    assert other.sighting == sighting
+
+
+@pytest.mark.parametrize("prediction", [SEEN.prediction, None])
+def test_a_creation_is_told_by_its_beginner_alone(request_span: Make, prediction: Prediction | None) -> None:
+    beginner, other = request_span(), request_span()
+    with beginner:
+        joint = Joint()
+    beginner.sighting = Sighting("p1", "prediction", "create", prediction)
+    with other, joint.waiting():
+        pass
+    assert other.sighting is None
+    recorded: Any = other.span
+    assert recorded.attributes.get(names.PREDICTION_STATUS) == (prediction and "succeeded")
+
+
+@pytest.mark.anyio
+async def test_what_is_seen_when_the_beginner_is_over_is_told_then(request_span: Make) -> None:
+    told: list[RequestSpan] = []
+
+    async def story(span: RequestSpan) -> None:
+        told.append(span)
+
+    beginner, knows = request_span(story=story), request_span(story=story)
+    with beginner:
+        joint = Joint()
+    with knows:
+        other = Joint()
+        knows.sighting = SEEN
+    await joint.over()
+    assert told == [], "nothing was seen"
+    beginner.sighting = SEEN
+    for call in (joint, joint, other, Joint()):
+        await call.over()
+    assert told == [beginner], "the other one tells with its end"
 
 
 def test_nothing_of_one_s_own_secrets_is_in_what_one_has_seen(request_span: Make) -> None:

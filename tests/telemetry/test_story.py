@@ -79,6 +79,18 @@ class Teller:
             redact=redact,
         )
 
+    def request(self, by: str, id: str) -> RequestSpan:
+        return RequestSpan(
+            self._tracer.start_span(by, kind=SpanKind.SERVER),
+            http_scope(),
+            match("GET", f"/predictions/{id}"),
+            template="/v1/predictions/{prediction_id}",
+            is_server=True,
+            instruments=self._metrics.current(),
+            afterwards=[],
+            story=self._story.tell,
+        )
+
     async def see(
         self,
         prediction: Prediction | None,
@@ -91,17 +103,8 @@ class Teller:
         debug: bool | None = None,
     ) -> RequestSpan:
         """A request that has seen it, and all that becomes of that."""
-        afterwards: list[Callable[[], Any]] = []
-        span = RequestSpan(
-            self._tracer.start_span(by, kind=SpanKind.SERVER),
-            http_scope(),
-            match("GET", f"/predictions/{id}"),
-            template="/v1/predictions/{prediction_id}",
-            is_server=True,
-            instruments=self._metrics.current(),
-            afterwards=afterwards,
-            story=self._story.tell,
-        )
+        span = self.request(by, id)
+        afterwards = span.afterwards
         with span:
             span.tenant, span.portkey = tenant, PortkeyContext(debug=debug)
             span.said |= said or {}
@@ -142,6 +145,44 @@ async def test_a_run_is_told_once_below_the_create(teller: Teller) -> None:
     assert (event.name, event.timestamp) == ("replicate.started", int(STARTED * 1e9))
     assert of(run, "replicate_proxy.lifecycle.observation_lag") == [1.5]
     assert [len(span.links) for span in teller.requests] == [0, 1, 1, 1]
+
+
+@pytest.mark.anyio
+async def test_what_is_seen_after_a_request_is_told_then(teller: Teller, caplog: pytest.LogCaptureFixture) -> None:
+    for before in (None, STARTING):
+        span = await teller.see(before, "create" if before is None else "poll", id="p0")
+        told = len(teller.runs)
+        await span.follow_up()
+        assert len(teller.runs) == told, "there is nothing new"
+        span.sighting = Sighting("p1", "prediction", "create", replace(ENDED, id=f"of-{before and before.status}"), 1.0)
+        for _ in "ab":
+            await span.follow_up()
+        run = teller.runs[told]
+        assert len(teller.runs) == told + 1
+        assert run.parent is not None
+        assert run.parent.span_id == span.span.get_span_context().span_id
+        assert of(run, *ORIGIN) == ["store", 0, "team-a"]
+    assert caplog.records == []
+
+
+@pytest.mark.anyio
+async def test_nothing_follows_while_a_request_is_under_way(teller: Teller) -> None:
+    span = teller.request("create", "p1")
+    with span:
+        span.sighting = Sighting("p1", "prediction", "create", ENDED, 1.0)
+        await span.follow_up()
+    assert teller.runs == []
+
+
+@pytest.mark.anyio
+async def test_what_was_seen_may_be_dropped_before_it_is_told(teller: Teller) -> None:
+    span = teller.request("poll", "p1")
+    with span:
+        span.sighting = Sighting("p1", "prediction", "poll", ENDED, 1.0)
+    span.sighting = None
+    [afterward] = span.afterwards
+    await afterward()
+    assert (len(teller.requests), teller.runs) == (1, [])
 
 
 @pytest.mark.anyio

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
@@ -47,32 +46,28 @@ class Checked:
 class Verdict:
     """`ALLOW`, `Verdict.flag("reason")` or `Verdict.deny("reason")`.
 
-    The reason and `data`, an object of JSON, reach the caller.
+    The reason reaches the caller.
 
     Raises:
-        ValueError, TypeError: one of them is not what it should be.
+        ValueError: this is no verdict.
     """
 
     word: Word
     reason: str = ""
-    data: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.word not in get_args(Word) or not isinstance(self.reason, str):
             raise ValueError("a verdict is allow, flag or deny, with a text as reason")
-        if self.data is not None:
-            # A copy that is sure to be JSON when the answer is written.
-            object.__setattr__(self, "data", json.loads(json.dumps(dict(self.data), allow_nan=False)))
 
     @classmethod
-    def flag(cls, reason: str, *, data: Mapping[str, Any] | None = None) -> Self:
+    def flag(cls, reason: str) -> Self:
         """Let it pass; the answer's status is 246 and its `hook_results` have the reason."""
-        return cls("flag", reason, data)
+        return cls("flag", reason)
 
     @classmethod
-    def deny(cls, reason: str, *, data: Mapping[str, Any] | None = None) -> Self:
+    def deny(cls, reason: str) -> Self:
         """Answer 446 with the reason in its place."""
-        return cls("deny", reason, data)
+        return cls("deny", reason)
 
 
 ALLOW = Verdict("allow")

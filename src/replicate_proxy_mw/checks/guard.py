@@ -25,6 +25,7 @@ class Guard:
     def __init__(self, request: ProxyRequest, forward: Forward, *, timeout: float, fail_open: bool) -> None:
         self._request, self._forward = request, forward
         self.timeout, self.fail_open = timeout, fail_open
+        self._if_failed = "allow" if fail_open else "deny"
 
     async def input(self, checks: Sequence[Check], value: object, named: Named) -> list[Result]:
         return await self._asked(checks, "input", value, named, None, self.timeout)
@@ -39,7 +40,7 @@ class Guard:
         Raises:
             ProxyError: `error`, unless that is let pass.
         """
-        self._note("allow" if self.fail_open else "deny", check)
+        self._note(self._if_failed, check)
         if not self.fail_open:
             raise error
 
@@ -60,10 +61,8 @@ class Guard:
         )
         results = await run(checks, checked, seconds=seconds)
         for one in results:
-            if one.word == "failed":
-                self._note("allow" if self.fail_open else "deny", one.check)
-            else:
-                self._note(one.word, None if one.word == "allow" else one.check)
+            word = self._if_failed if one.word == "failed" else one.word
+            self._note(word, None if one.word == "allow" else one.check)
         return results
 
     def _note(self, word: str, check: str | None) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from functools import partial
 from typing import Any, Literal
 
-import anyio.to_thread
 import re2  # type: ignore[import-untyped]
 
 from .contract import ALLOW, Check, Checked, Verdict
+from .threads import in_thread
 
 # How a place is reached: what lies above it, and its own name there.
 _Path = tuple[Any, str] | None
 
+# Characters: where RE2 has to take its slowest way, it needs about a second for so many.
+MAX_SIZE = 1 << 20
+
 # Each takes some microseconds, however short it is.
 MAX_TEXTS = 50_000
 
-_MAX_PATH = 8  # names of a path that a reason tells, and characters of each
-_MAX_NAME = 60
+# Characters of a path that a reason tells: its names are the caller's.
+MAX_PATH = 500
 
 
 class TooLong(Exception):
@@ -29,8 +32,6 @@ def matches(
     *patterns: str,
     fields: Sequence[str] = (),
     then: Literal["deny", "flag"] = "deny",
-    ignore_case: bool = False,
-    max_size: int = 1 << 20,
     name: str = "matches",
 ) -> Check:
     """Deny or flag what one of the patterns is found in. The reason names the field, and not what stands there.
@@ -38,15 +39,14 @@ def matches(
     The texts of a list of nothing but texts are searched one by one and joined, since outputs of language models come
     in pieces. Numbers are not searched.
 
+    With more than a million characters in the fields, or more than 50,000 texts, the check fails.
+
     Args:
         patterns: in RE2's syntax (https://github.com/google/re2/wiki/Syntax), which has no lookarounds and no
-            backreferences. Found anywhere in a text.
+            backreferences, and `(?i)` where case does not matter. Found anywhere in a text.
         fields: paths from the top of the input or output, with dots, such as `prompt` or `messages.*.content`, where
             `*` is each member or element. All texts in them are searched, and names of members; by default, all.
         then: what comes of it.
-        ignore_case: whether capitals and small letters are the same, also beyond ASCII.
-        max_size: characters. With more of them in the fields, or with more than 50,000 texts, the check fails; by
-            default what an input can have, since where RE2 has to take its slowest way it needs about a second for it.
         name: what spans and answers call this check.
 
     Raises:
@@ -58,37 +58,33 @@ def matches(
         raise ValueError("fields: must be a sequence of paths such as messages.*.content")
     if then not in ("deny", "flag"):
         raise ValueError("then: must be deny or flag")
-    if type(max_size) is not int or max_size < 1:
-        raise ValueError("max_size: must be a number of characters above 0")
     options = re2.Options()
-    options.case_sensitive, options.log_errors, options.never_capture = not ignore_case, False, True
+    options.log_errors, options.never_capture = False, True
     try:
         compiled = [re2.compile(pattern, options) for pattern in patterns]
     except (re2.error, UnicodeEncodeError):
         raise ValueError("patterns: must be regular expressions that RE2 takes") from None
-    return _Matches(name, compiled, [path.split(".") for path in fields], then, max_size)
+    return _Matches(name, compiled, [path.split(".") for path in fields], then)
 
 
 class _Matches:
-    def __init__(
-        self, name: str, patterns: list[Any], fields: list[list[str]], then: Literal["deny", "flag"], max_size: int
-    ) -> None:
+    def __init__(self, name: str, patterns: list[Any], fields: list[list[str]], then: Literal["deny", "flag"]) -> None:
         self.name = name
-        self._patterns, self._fields, self._then, self._max_size = patterns, fields, then, max_size
+        self._patterns, self._fields, self._then = patterns, fields, then
 
     async def __call__(self, checked: Checked) -> Verdict:
-        # In a thread, so that other requests go on, and left alone when the time is up.
-        found = await anyio.to_thread.run_sync(self._found, checked.value, abandon_on_cancel=True)
+        found = await in_thread(partial(self._found, checked.value))
         if found is None:
             return ALLOW
-        field = ".".join([checked.kind, *found])
-        return Verdict(self._then, f"{field} has what may not be there", {"field": field})
+        field = ".".join((checked.kind, *found))
+        told = field if len(field) <= MAX_PATH else f"{field[:MAX_PATH]}…"
+        return Verdict(self._then, f"{told} has what may not be there")
 
     def _found(self, value: Any) -> list[str] | None:
         size = 0
         for count, (path, text, is_joined) in enumerate(self._texts(value)):
             size += 0 if is_joined else len(text)
-            if size > self._max_size or count >= MAX_TEXTS:
+            if size > MAX_SIZE or count >= MAX_TEXTS:
                 raise TooLong
             encoded = text.encode("utf-8", "replace")
             if any(pattern.search(encoded) for pattern in self._patterns):
@@ -136,5 +132,5 @@ def _names(path: _Path) -> list[str]:
     names = []
     while path is not None:
         path, name = path
-        names.append(name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}…")
-    return [*islice(reversed(names), _MAX_PATH), *(["…"] if len(names) > _MAX_PATH else [])]
+        names.append(name)
+    return names[::-1]

@@ -6,15 +6,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
-
-import anyio.to_thread
 
 from .. import model_names, routing
 from ..errors import BadRequest, ProxyError, UpstreamAborted
 from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held, is_readable, plain_of
 from ..model_names import Named, NotUnderstood
+from .threads import in_thread
 
 # Parsing a longer one holds up all other requests: the worst of this size a tenth of a second.
 MAX_INPUT = 1 << 20
@@ -82,7 +82,7 @@ async def object_of(body: bytes | None) -> tuple[dict[str, Any], str]:
     """
     if body is None:
         raise NotUnderstood("the answer is no JSON, damaged or too long")
-    answer = await anyio.to_thread.run_sync(parsed, body) if len(body) > MAX_INPUT else parsed(body)
+    answer = await in_thread(partial(parsed, body)) if len(body) > MAX_INPUT else parsed(body)
     if not isinstance(answer, dict):
         raise NotUnderstood("the answer is no JSON object")
     return answer, body.decode()
@@ -118,10 +118,3 @@ def model_of(prediction: Mapping[str, Any]) -> Named:
     model, version = prediction.get("model"), prediction.get("version")
     known = isinstance(model, str) and _MODEL.fullmatch(model)
     return Named(model if known else None, version if isinstance(version, str) else None)
-
-
-def with_member(text: str, name: str, value: Any) -> str:
-    """The text of an object with one more member at its end."""
-    begun = text.rstrip()[:-1].rstrip()
-    comma = "" if begun.endswith("{") else ","
-    return f"{begun}{comma}{json.dumps(name)}:{json.dumps(value, separators=(',', ':'))}}}"

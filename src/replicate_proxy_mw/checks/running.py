@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
 from ..errors import ProxyError
 from ..host_calls import HostFailed, ask
 from .contract import Check, Checked, Verdict
+
+T = TypeVar("T")
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -43,16 +46,30 @@ async def run(checks: Sequence[Check], checked: Checked, *, seconds: float) -> l
     Raises:
         ProxyError: the first that one of them raised, in their order.
     """
-    came: dict[int, Result | ProxyError] = {}
+    return await gathered([partial(_asked, check, checked, seconds) for check in checks])
 
-    async def one(place: int, check: Check) -> None:
-        came[place] = await _asked(check, checked, seconds)
+
+async def gathered(calls: Sequence[Callable[[], Awaitable[T]]], *, at_once: int | None = None) -> list[T]:
+    """What all `calls` return, of which all or so many are under way at a time.
+
+    Raises:
+        ProxyError: the first that one of them raised, in their order.
+    """
+    came: dict[int, T | ProxyError] = {}
+    places = anyio.Semaphore(at_once or len(calls), fast_acquire=True)
+
+    async def one(place: int, call: Callable[[], Awaitable[T]]) -> None:
+        async with places:
+            try:
+                came[place] = await call()
+            except ProxyError as error:
+                came[place] = error
 
     async with anyio.create_task_group() as tasks:
-        for place, check in enumerate(checks):
-            tasks.start_soon(one, place, check)
+        for place, call in enumerate(calls):
+            tasks.start_soon(one, place, call)
     results = []
-    for place in range(len(checks)):
+    for place in range(len(calls)):
         result = came[place]
         if isinstance(result, ProxyError):
             raise result
@@ -60,7 +77,7 @@ async def run(checks: Sequence[Check], checked: Checked, *, seconds: float) -> l
     return results
 
 
-async def _asked(check: Check, checked: Checked, seconds: float) -> Result | ProxyError:
+async def _asked(check: Check, checked: Checked, seconds: float) -> Result:
     name, created_at, begun = name_of(check), datetime.now(UTC).isoformat(), time.monotonic()
     verdict, failure = None, ""
     try:
@@ -69,8 +86,6 @@ async def _asked(check: Check, checked: Checked, seconds: float) -> Result | Pro
             verdict = answer
         else:
             failure = f"it returned {type(answer).__name__}"
-    except ProxyError as error:
-        return error
     except HostFailed as error:
         failure = error.name
     if verdict is None:
@@ -108,14 +123,20 @@ def _hooks(kind: str, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def _shown(result: Result) -> dict[str, Any]:
     verdict = result.verdict
-    told = verdict and (verdict.reason or verdict.data)
     return {
         "id": result.check,
         # One that failed and is shown was let pass.
         "verdict": result.word in ("allow", "failed"),
-        "data": {"explanation": verdict.reason, **(verdict.data or {})} if verdict and told else None,
+        "data": {"explanation": verdict.reason} if verdict and verdict.reason else None,
         "error": {"name": "CheckFailed", "message": "This check failed."} if verdict is None else None,
         "execution_time": result.milliseconds,
         "created_at": result.created_at,
         "transformed": False,
     }
+
+
+def with_hook_results(text: str, hooks: Mapping[str, Any]) -> str:
+    """The text of an object with these as one more member at its end."""
+    begun = text.rstrip()[:-1].rstrip()
+    comma = "" if begun.endswith("{") else ","
+    return f'{begun}{comma}"hook_results":{json.dumps(hooks, separators=(",", ":"))}}}'

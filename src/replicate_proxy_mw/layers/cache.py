@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from email.utils import formatdate
 from hashlib import sha256
 from urllib.parse import unquote
 
@@ -16,7 +14,8 @@ import hishel
 from .. import portkey
 from ..exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
 from ..json_bodies import held
-from ..store.responses import AS_THEY_CAME, MemoryResponses, Pairs, Responses
+from ..store.responses import Responses, texts, to_store
+from ..store.responses_memory import MemoryResponses
 from ..telemetry.names import CACHE_STATUS
 
 READS = frozenset(
@@ -27,7 +26,7 @@ READS = frozenset(
     )
 )
 
-# What goes up and may change an answer. Cookies are told apart by never going up.
+# What goes up and `Vary` may name. Cookies are told apart by never going up.
 VARIANT = frozenset((b"accept", b"accept-encoding", b"accept-language", b"origin"))
 TOLD_APART = frozenset((*(name.decode() for name in VARIANT), "cookie"))
 
@@ -35,10 +34,6 @@ TOLD_APART = frozenset((*(name.decode() for name in VARIANT), "cookie"))
 CONFIRMABLE = 3600.0
 
 _OPTIONS = hishel.CacheOptions(shared=False, supported_methods=["GET"], allow_stale=False)
-
-_MAX_AGE = re.compile(r'(?:^|[\s,])max-age\s*=\s*"?\d+"?\s*(?:,|$)', re.IGNORECASE)
-_SHARED_MAX_AGE = re.compile(r'(?:^|[\s,])s-maxage\s*=\s*"?(\d+)', re.IGNORECASE)
-_NOT_FRESH = re.compile(r"no-cache|no-store|max-age", re.IGNORECASE)
 
 
 def cache_catalogue(
@@ -49,13 +44,15 @@ def cache_catalogue(
     timeout: float = 0.25,
 ) -> Layer:
     """Answer GETs of models, their versions, examples and READMEs, of collections, hardware, deployments and searches
-    from earlier answers of the same tenant and token, encoding, language and `x-portkey-cache-namespace`.
+    from earlier answers of the same tenant and token, `x-portkey-cache-namespace`, and headers that go up, but for
+    `user-agent`.
 
     Only whole answers of status 200 and at most 8 MiB are kept; such go out when they are whole. Their `Cache-Control`
     and `Expires` are obeyed as by a private cache, and what is stale and has a validator is confirmed at Replicate. A
     write to a model or deployment through the proxy ends all that the same tenant and token have of it, and of its
-    list; searches, collections, and other tenants and tokens see it when the lifetime is over. Requests with Range,
-    Cache-Control or a condition pass by.
+    list; searches, collections, and other tenants and tokens see it when the lifetime is over. So may those of another
+    process: what that one had asked for before the write, and got afterwards, is stored all the same. Requests with
+    Range, Cache-Control or a condition pass by.
 
     `x-portkey-cache-status` tells HIT (also if Replicate confirmed it), MISS, REFRESH (the caller sent
     `x-portkey-cache-force-refresh: true`: the answer is new, and replaces the old one), or DISABLED for all other
@@ -65,7 +62,8 @@ def cache_catalogue(
         lifetime: seconds for an answer that states none, as none of Replicate's do. Five minutes: models change by the
             day, and those who release one can ask for a refresh.
         storage: by default the memory of this process. `hishel.AsyncRedisStorage(client)` shares answers between
-            processes; the client stays the host's to close, and must not have `decode_responses` set.
+            processes; the client stays the host's to close, has to allow 25 connections, and must not have
+            `decode_responses` set.
         max_size: bytes of that memory, see `MemoryResponses`; it says nothing of another storage.
         timeout: seconds for each call of the storage. If it fails or takes longer, a read is a MISS and its answer is
             not kept; a write goes through, and what it should have ended may be answered until its time is over. A
@@ -134,30 +132,39 @@ class _Cache:
         while isinstance(state, hishel.CacheMiss | hishel.NeedRevalidation):
             since, generation = time.time(), self._responses.generation(key)
             response = await forward(_conditional(request, state.request))
-            pairs = _texts(response)
+            pairs = texts(response)
             if found and response.status == 304 and isinstance(state, hishel.NeedRevalidation):
                 await held(response)  # so that the connection can be used again
                 await response.aclose()
                 found = found.freshened(pairs)
                 pairs = found.pairs
-            headers = _to_store(pairs, since, self._lifetime)
+            headers = to_store(pairs, since, self._lifetime)
             state = state.next(hishel.Response(response.status, headers))
             if isinstance(state, hishel.InvalidateEntries):
                 state = state.next()  # they are among `looked.old`
             if isinstance(state, hishel.NeedToBeUpdated):
-                await self._responses.update(state.updating_entries)
+                [confirmed] = state.updating_entries
+                await self._responses.update(confirmed)
                 state = state.next()
         if found and isinstance(state, hishel.FromCache):
             return _told(request, found.again(state.entry.response.headers), "HIT")
         # What Replicate has answered since counts, even where it cannot be kept; a passing failure does not.
         if looked and response.status < 500 and response.status != 429:
-            entry = None
-            if isinstance(state, hishel.StoreAndUse) and response.status == 200 and _is_told_apart(headers):
-                response, body, whole = await held(response, max_size=self._responses.max_body)
-                entry = (wanted, replace(state.response, stream=aiter(Chunks([body])))) if whole else None
+            response, entry = await self._entry(wanted, state, response)
             ttl = self._lifetime + CONFIRMABLE
             await self._responses.replace(key, looked, entry, generation=generation, ttl=ttl)
         return _told(request, response, "REFRESH" if asked.force_refresh else "MISS")
+
+    async def _entry(
+        self, wanted: hishel.Request, state: hishel.AnyState, response: ProxyResponse
+    ) -> tuple[ProxyResponse, tuple[hishel.Request, hishel.Response] | None]:
+        """What is kept of `response`, if anything is."""
+        if not isinstance(state, hishel.StoreAndUse) or response.status != 200:
+            return response, None
+        if not _is_told_apart(state.response.headers):
+            return response, None
+        response, body, whole = await held(response, max_size=self._responses.max_body)
+        return response, (wanted, replace(state.response, stream=aiter(Chunks([body])))) if whole else None
 
     async def write(self, request: ProxyRequest, forward: Forward) -> ProxyResponse:
         response = None
@@ -175,9 +182,15 @@ class _Cache:
 def _wanted(request: ProxyRequest, namespace: str) -> hishel.Request:
     """All that an answer is found by. No more: it is stored with it."""
     headers: dict[str, list[str]] = {"x-portkey-cache-namespace": [namespace]}
+    others = []
     for name, value in request.headers:
         if name in VARIANT:
             headers.setdefault(name.decode(), []).append(value.decode("latin-1"))
+        elif name != b"user-agent":
+            others.append((name.decode("latin-1"), value.decode("latin-1")))
+    if others:
+        # A host may have any header go up: what it says is not stored.
+        headers["x-portkey-cache-others"] = [sha256(json.dumps(others).encode()).hexdigest()]
     return hishel.Request("GET", request.target, hishel.Headers(headers))
 
 
@@ -186,31 +199,6 @@ def _conditional(request: ProxyRequest, wanted: hishel.Request) -> ProxyRequest:
         (name.encode(), value.encode("latin-1")) for name, value in wanted.headers.items() if name.startswith("if-")
     ]
     return replace(request, headers=(*request.headers, *conditions)) if conditions else request
-
-
-def _texts(response: ProxyResponse) -> Pairs:
-    """Replicate's headers: those of Portkey are put in by layers for one answer."""
-    return [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in response.headers
-        if not name.startswith(b"x-portkey-")
-    ]
-
-
-def _to_store(pairs: Pairs, since: float, lifetime: int) -> hishel.Headers:
-    """The headers by which `hishel` decides, with what Replicate does not state: when, and for how long."""
-    headers: dict[str, list[str]] = {AS_THEY_CAME: [json.dumps(pairs)]}
-    for name, value in pairs:
-        headers.setdefault(name, []).append(value)
-    age = headers.pop("age", ["0"])[0]
-    # The proxy drops Replicate's own. From the request on, since the answer may be that old (section 4.2.3).
-    headers["date"] = [formatdate(since - (int(age) if age.isdecimal() and len(age) < 10 else 0), usegmt=True)]
-    stated = ", ".join(headers.get("cache-control", ()))
-    if "expires" not in headers and not _MAX_AGE.search(stated):
-        shared = _SHARED_MAX_AGE.search(stated)
-        seconds = 0 if _NOT_FRESH.search(stated) else shared[1] if shared else lifetime
-        headers["cache-control"] = [f"{stated}, max-age={seconds}" if stated else f"max-age={seconds}"]
-    return hishel.Headers(headers)
 
 
 def _is_told_apart(headers: hishel.Headers) -> bool:

@@ -6,15 +6,13 @@ import math
 from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
-from uuid import uuid4
 
 import anyio
-from anyio.lowlevel import RunVar
 
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..headers import HeaderList
 from ..portkey import Retry
-from ..sharing import SharedCall, forwarded_apart
+from ..sharing import OfLoop, SharedCall, forwarded_apart
 from ..telemetry.joining import Joint
 
 # Bytes of an answer that several get; four times the largest that was recorded.
@@ -34,8 +32,8 @@ def coalesce_polls(*, interval: float = 0.5) -> Layer:
 
     Nobody gets an answer that was there before it asked: whoever comes between two calls waits for the next one,
     together with all others, since an SDK that is told from a cache that a prediction is still running polls for ever.
-    What waits holds no connection. A cancel ends the waiting, and a poll that comes after its answer joins no call that
-    was begun before.
+    What waits holds no connection. A cancel ends the waiting of polls of the same token and tenant, and one of them
+    that comes after its answer joins no call that was begun before.
 
     An answer of more than 8 MiB and a stream of events are not shared: each who waited for it asks by itself. All this
     holds for one event loop of one process; others, each with this layer, call and count by themselves.
@@ -52,25 +50,20 @@ def coalesce_polls(*, interval: float = 0.5) -> Layer:
         raise ValueError("interval: must be 0 seconds or more, and finite")
 
     def layer(forward: Forward) -> Forward:
-        # Events wake only those of their own event loop; anyio before 4.10 tells variables apart by name alone.
-        of_loop: RunVar[_Polls | None] = RunVar(f"replicate_proxy_mw.polls.{uuid4()}", None)
+        polls = OfLoop(lambda: _Polls(forward, interval))
 
         async def coalesced(request: ProxyRequest) -> ProxyResponse:
             operation = request.operation or ""
             is_poll = operation in _POLLS and request.method == "GET"
             if not is_poll and operation not in _CANCELS:
                 return await forward(request)
-            polls = of_loop.get()
-            if polls is None:
-                polls = _Polls(forward, interval)
-                of_loop.set(polls)
             if is_poll:
-                return await polls.answer(request)
+                return await polls.get().answer(request)
             try:
                 return await forward(request)
             finally:
                 # Even without an answer, it may have been received.
-                polls.forget(request.route.params[_CANCELS[operation]])
+                polls.get().forget(request.route.params[_CANCELS[operation]], request.key.identity())
 
         return coalesced
 
@@ -129,11 +122,13 @@ class _Polls:
             response = await poll.call.result()
         return await self._forward(request) if response is None else response
 
-    def forget(self, id: str) -> None:
-        """Nobody joins any more what is under way, and what waits for its time begins."""
-        for key in [key for key in self._begun if key.id == id]:
+    def forget(self, id: str, identity: str) -> None:
+        """Nobody joins any more what is under way, and what waits for its time begins: for whom it may concern, since
+        anybody may try to cancel."""
+        about = (id, identity)
+        for key in [key for key in self._begun if key[:2] == about]:
             del self._begun[key]
-        for key in [key for key in self._open if key.id == id]:
+        for key in [key for key in self._open if key[:2] == about]:
             if self._open[key].is_begun:
                 del self._open[key]
             else:

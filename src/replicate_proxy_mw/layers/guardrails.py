@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,8 +11,8 @@ from typing import Any
 from ..checks.contract import Check
 from ..checks.guard import Guard, id_of
 from ..checks.lists import checked_list
-from ..checks.reading import MAX_INPUT, input_of, object_of, plain_body, with_member
-from ..checks.running import Result, first, hook_results
+from ..checks.reading import MAX_INPUT, input_of, object_of, plain_body
+from ..checks.running import Result, first, hook_results, with_hook_results
 from ..errors import GuardrailDenied, GuardrailFailed, PermissionDenied
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held, with_body
@@ -49,16 +50,13 @@ def guardrails(
             `PermissionDenied`, is the answer in any case.
 
     Raises:
-        ValueError: an argument is not what it should be; the text names it.
+        ValueError: an option is not what it should be; the text names it.
     """
     for name, checks in (("input", input), ("output", output)):
-        if isinstance(checks, str) or not isinstance(checks, Sequence) or not all(map(callable, checks)):
+        if not isinstance(checks, Sequence) or not all(map(callable, checks)):
             raise ValueError(f"{name}: must be a sequence of async callables")
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
-        raise ValueError("timeout: must be a number of seconds above 0")
-    if not isinstance(fail_open, bool):
-        raise ValueError("fail_open: must be true or false")
-
+    if not 0 < timeout < math.inf:
+        raise ValueError("timeout: must be more than 0 seconds, and finite")
     inputs, outputs = tuple(input), tuple(output)
 
     def layer(forward: Forward) -> Forward:
@@ -143,7 +141,7 @@ async def _checked(
         after = await _check_output(guard, checks, request, answer, before)
     if not first([*before, *after], "flag"):
         return response
-    shown = with_member(text, "hook_results", hook_results(before=before, after=after))
+    shown = with_hook_results(text, hook_results(before=before, after=after))
     return replace(with_body(response, shown.encode()), status=FLAGGED)
 
 

@@ -6,33 +6,23 @@ IETF draft-ietf-httpapi-idempotency-key-header.
 from __future__ import annotations
 
 import math
-import re
 import secrets
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from uuid import uuid4
 
 import anyio
-from anyio.lowlevel import RunVar
 
-from .. import creates
-from ..errors import (
-    BadRequest,
-    BodyTooLarge,
-    CreateUnknown,
-    IdempotencyKeyReused,
-    ProxyError,
-    UpstreamAborted,
-    UpstreamFailed,
-)
-from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
+from .. import creates, ending, rereading
+from ..errors import BodyTooLarge, CreateUnknown, IdempotencyKeyReused, ProxyError, UpstreamFailed
+from ..exchange import Forward, Layer, Opened, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held
 from ..operations import Kind
-from ..sharing import SharedCall, forwarded_apart
+from ..sharing import OfLoop, SharedCall, forwarded_apart
 from ..store.keyed import KeyedCreates
 from ..store.once import KeyedCreate, MemoryOnceStore, OnceStore
+from ..telemetry import names
+from ..telemetry.joining import Joint
 from ..telemetry.request import current
 
 # Bytes of a body that is held to be compared, and of an answer that is held for all who wait for it.
@@ -40,10 +30,6 @@ MAX_SIZE = 16 << 20
 
 # Seconds between looks at what another process is about to learn: the first, and the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
-
-# Visible characters: as they are, or as a string of Structured Fields (RFC 9651, section 3.3.3).
-_BARE = re.compile(r"[!#-~]{1,255}")
-_QUOTED = re.compile(r'"((?:[!#-\[\]-~]|\\["\\]){1,255})"')
 
 _REPLAYED = (b"idempotency-replayed", b"true")
 
@@ -57,14 +43,13 @@ def idempotency_keys(
 ) -> Layer:
     """Send a create of a prediction or training with an `Idempotency-Key` once, and answer it again with the same key.
 
-    The first goes up as soon as the store has taken note of it, and its answer is awaited even if its caller leaves or
-    has a time limit. Whoever sends the same key and body again, with the same tenant and token, gets that very answer
-    where it is under way in this process, and waits for it where it is in another; later, what was made as Replicate
-    shows it now, with the first one's status. Both have `idempotency-replayed: true`. JSON is the same whatever the
-    order of its members and its white space, up to 1 MiB; all else byte for byte.
+    Its answer is awaited even if its caller leaves. Whoever sends the same key and body again, with the same tenant and
+    token, gets that very answer while it is under way, and waits for it where it is in another process; later, what was
+    made as Replicate shows it now, with the first one's status. Both have `idempotency-replayed: true`. JSON is the
+    same whatever the order of its members and its white space, up to 1 MiB; all else byte for byte.
 
-    A key can be used again where nothing was made: after 4xx of Replicate's, but for 408 and 409, and after what failed
-    or was refused before it was sent. Else:
+    A key can be used again where nothing was made: after 4xx of Replicate's, but for 408 and 409, and after whatever
+    failed or was refused before it was sent. Else:
 
     - 400: the header comes twice, or is not 1 to 255 visible ASCII characters, in quotes or not.
     - 409 `create_unknown`: something may have been made (the answer was 408, 409 or 5xx, was cut or has no id; or the
@@ -72,14 +57,15 @@ def idempotency_keys(
     - 413: a body of more than 16 MiB, which is not compared.
     - 422 `idempotency_key_reused`: the key was sent with another body, or to another path.
     - 502 `upstream_failed`: what was made could not be read; the text has its id.
-    - 503 `store_failed`: the store is out of order, and nothing was sent.
+    - 503 `store_failed`: the store is out of order, and nothing was sent. The key can be used again once the store has
+      taken back what it may have noted all the same.
 
-    The store has digests of key and body, the status and id of what was made, and times. Where it fails when a create
-    is paid, the answer goes out all the same and is stored as soon as may be; if that fails for some seconds, the key
-    is answered 409 from `longest_create` on. A store that loses what it has does not know the keys any more.
+    The store has digests, ids, statuses and times. An answer that it does not take goes out all the same; if that lasts
+    for some seconds, the key is answered 409 from `longest_create` on. A store that loses what it has does not know the
+    keys any more.
 
-    List it below guardrails: what they refuse has then not begun. What a layer below it refuses leaves the key free as
-    long as nothing was sent; what one answers with an id, as `reuse_results` does, is what was made.
+    List it below guardrails: what they refuse has then not begun; and above `reuse_results`, whose answers are what was
+    made: the other way round, a key that was used with another body may be answered with a result in the place of 422.
 
     Args:
         store: what was begun: by default in the memory of this process, for several `RedisOnceStore`.
@@ -110,7 +96,7 @@ def idempotency_keys(
             kind = None if request.route.details is None else request.route.details.creates
             if kind is None or kind == "file":
                 return await forward(request)
-            value = _value(request.scope["headers"])
+            value = creates.idempotency_key(request.scope["headers"])
             if value is None:
                 return await forward(request)
             if (request.content_length or 0) > MAX_SIZE:
@@ -126,27 +112,23 @@ def idempotency_keys(
     return layer
 
 
-def _value(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    values = [value.decode("latin-1").strip(" \t") for name, value in headers if name == b"idempotency-key"]
-    if not values:
-        return None
-    quoted = _QUOTED.fullmatch(values[0])
-    if len(values) > 1 or not (quoted or _BARE.fullmatch(values[0])):
-        raise BadRequest("Idempotency-Key: must be one header of 1 to 255 visible ASCII characters.")
-    return re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else values[0]
-
-
 def _too_large() -> ProxyError:
     return BodyTooLarge(f"Idempotency-Key: a body of more than {MAX_SIZE} bytes is not compared; nothing was sent.")
 
 
-@dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """A create of this event loop until its end is written. It counts as lost at `until`."""
+    """A create of this event loop until its end is written. It counts as lost at `until`.
 
-    fingerprint: str
+    Attributes:
+        opened: what is closed when the call ends, since the exchange that began it is over.
+    """
+
     call: SharedCall[ProxyResponse | KeyedCreate]
-    until: float
+
+    def __init__(self, fingerprint: str, until: float) -> None:
+        self.fingerprint, self.until = fingerprint, until
+        self.joint = Joint()
+        self.opened: list[Opened] = []
 
 
 class _Keys:
@@ -154,24 +136,28 @@ class _Keys:
 
     def __init__(self, begun: KeyedCreates, longest: float) -> None:
         self._begun, self._longest = begun, longest
-        # anyio before 4.10 tells them apart by name alone.
-        self._calls: RunVar[dict[str, _UnderWay]] = RunVar(f"replicate_proxy_mw.idempotency.{uuid4()}")
+        self._calls = OfLoop[dict[str, _UnderWay]](dict)
 
     async def answer(self, forward: Forward, request: ProxyRequest, body: bytes, kind: Kind, key: str) -> ProxyResponse:
         create = KeyedCreate(
             mark=secrets.token_hex(16), fingerprint=creates.fingerprint(request, body), left=self._longest
         )
-        came, is_first = await self._came(forward, request, body, key, create)
+        came, is_first = await self._came(forward, request, key, create)
         if isinstance(came, KeyedCreate):
-            came = await _again(forward, request, kind, came)
-        headers = came.headers if is_first else (*came.headers, _REPLAYED)
-        return ProxyResponse(status=came.status, headers=headers, body=came.body, aclose=came.aclose)
+            assert came.id is not None
+            assert came.status is not None
+            came = await rereading.made(forward, request, kind, came.id, status=came.status)
+        if is_first:
+            return replace(came)
+        if (cached := dict(came.headers).get(b"x-portkey-cache-status")) is not None:
+            request.notes[names.CACHE_STATUS] = cached.decode("latin-1")
+        return replace(came, headers=(*came.headers, _REPLAYED))
 
     async def _came(
-        self, forward: Forward, request: ProxyRequest, body: bytes, key: str, create: KeyedCreate
+        self, forward: Forward, request: ProxyRequest, key: str, create: KeyedCreate
     ) -> tuple[ProxyResponse | KeyedCreate, bool]:
         """What came of the create with this key, and whether that is this one."""
-        calls, pause = self._calls_here(), FIRST_PAUSE
+        calls, pause = self._calls.get(), FIRST_PAUSE
         until = anyio.current_time() + self._longest
         while anyio.current_time() < until:
             if (under_way := calls.get(key)) is not None:
@@ -180,9 +166,7 @@ class _Keys:
             known = await self._begun.begin(key, create)
             if known is None:
                 # Without a pause since it has begun: whoever is cancelled now cannot end it any more.
-                call = SharedCall(partial(self._create, forward, request, body, key, create), to_the_end=True)
-                calls[key] = _UnderWay(create.fingerprint, call, anyio.current_time() + self._longest)
-                return await _awaited(calls[key]), True
+                return await self._sent(forward, request, key, create), True
             _check(known.fingerprint, create)
             if known.id is not None:
                 return known, False
@@ -193,53 +177,59 @@ class _Keys:
             pause = min(pause * 2, LONGEST_PAUSE)
         raise CreateUnknown()
 
-    def _calls_here(self) -> dict[str, _UnderWay]:
+    async def _sent(
+        self, forward: Forward, request: ProxyRequest, key: str, create: KeyedCreate
+    ) -> ProxyResponse | KeyedCreate:
+        # Known before it begins: some event loops run a task up to its first wait where it is made.
+        under_way = self._calls.get()[key] = _UnderWay(create.fingerprint, anyio.current_time() + self._longest)
+        under_way.call = SharedCall(partial(self._create, under_way, forward, request, key, create), to_the_end=True)
         try:
-            return self._calls.get()
-        except LookupError:
-            self._calls.set({})
-            return self._calls.get()
+            return await _awaited(under_way)
+        finally:
+            if under_way.call.is_open:
+                # What layers above hold for as long as the exchange lasts, such as a place, this call still needs.
+                under_way.opened += request.opened
+                request.opened.clear()
 
     async def _create(
-        self, forward: Forward, request: ProxyRequest, body: bytes, key: str, create: KeyedCreate
+        self, under_way: _UnderWay, forward: Forward, request: ProxyRequest, key: str, create: KeyedCreate
     ) -> ProxyResponse | KeyedCreate:
         """Send it; what came of it is written before it is told."""
-        sent = creates.Body(body)
-        asked = asking_for_plain(replace(request, body=sent))
+        asked = creates.watched(asking_for_plain(request))
         ended: KeyedCreate | None = replace(create, left=0)
+        then = partial(self._calls.get().pop, key, None)
+
+        async def joined(request: ProxyRequest) -> ProxyResponse:
+            request.afterwards.append(under_way.joint.over)
+            asked.watch.opened = request.opened
+            return await forward(request)
+
         try:
-            response, whole = await forwarded_apart(forward, asked, max_size=MAX_SIZE)
-        except Exception as error:
-            await self._settle(key, create, None if creates.is_unsent(error, sent) else ended)
-            raise
-        except BaseException:
+            try:
+                response, whole = await forwarded_apart(joined, asked, max_size=MAX_SIZE)
+            except Exception as error:
+                await self._begun.settle(key, create, None if creates.is_unsent(asked, error) else ended, then)
+                raise
+            head = b""
+            if not response.is_event_stream:  # which has no end to wait for
+                response, head, _ = await held(response, max_size=MAX_SIZE)
+            id = creates.created_id(response, head, whole=whole)
+            if id is not None:
+                ended = replace(create, left=0, status=response.status, id=id)
+            elif creates.is_refused(response) or creates.is_unsent(asked, None):
+                ended = None
+            await self._begun.settle(key, create, ended, then)
+        except anyio.get_cancelled_exc_class():
             # The event loop ends, or what was waited for. Until it counts as lost it is under way for the store.
-            self._calls_here().pop(key, None)
+            then()
             raise
-        head = b""
-        if not response.is_event_stream:  # which has no end to wait for
-            response, head, _ = await held(response, max_size=MAX_SIZE)
-        id = creates.created_id(response, head, whole=whole)
-        if id is not None:
-            ended = replace(create, left=0, status=response.status, id=id)
-        elif creates.is_refused(response):
-            ended = None
-        await self._settle(key, create, ended)
+        finally:
+            await ending.close(under_way.opened)
         if whole:
             return response
         if id is None or ended is None:
-            raise UpstreamFailed("Idempotency-Key: Replicate's answer is too long, or a stream, and cannot be held.")
+            raise UpstreamFailed("Idempotency-Key: the answer is too long, or a stream, and cannot be held.")
         return ended
-
-    async def _settle(self, key: str, create: KeyedCreate, ended: KeyedCreate | None) -> None:
-        if await self._begun.write(key, create, ended):
-            self._calls_here().pop(key, None)
-        else:
-            SharedCall(partial(self._settle_later, key, create, ended), to_the_end=True)
-
-    async def _settle_later(self, key: str, create: KeyedCreate, ended: KeyedCreate | None) -> None:
-        await self._begun.write_later(key, create, ended)
-        self._calls_here().pop(key, None)
 
 
 def _check(fingerprint: str, create: KeyedCreate) -> None:
@@ -249,32 +239,12 @@ def _check(fingerprint: str, create: KeyedCreate) -> None:
 
 async def _awaited(under_way: _UnderWay) -> ProxyResponse | KeyedCreate:
     deadline = under_way.until if under_way.call.is_open else math.inf
-    with _waiting(), anyio.CancelScope(deadline=deadline):
+    with under_way.joint.waiting(), anyio.CancelScope(deadline=deadline):
         return await under_way.call.result()
     raise CreateUnknown()
 
 
 def _waiting() -> AbstractContextManager[object]:
-    """What is waited for here is Replicate's, or another process's: none of the proxy's own time."""
+    """What is waited for here is another process's: none of the proxy's own time."""
     span = current()
     return nullcontext() if span is None or span.waiting is None else span.waiting
-
-
-async def _again(forward: Forward, request: ProxyRequest, kind: Kind, done: KeyedCreate) -> ProxyResponse:
-    """What was made, as Replicate shows it now."""
-    assert done.id is not None
-    assert done.status is not None
-    status: object = "no answer"
-    try:
-        response, _, _ = await creates.read_again(forward, request, kind, done.id)
-        if response.status == 200:
-            return replace(response, status=done.status)
-        status = response.status
-    except UpstreamAborted:
-        pass
-    except ProxyError as error:
-        if error.status < 500:
-            raise
-    raise UpstreamFailed(
-        f"This Idempotency-Key has made {done.id}, which could not be read ({status}); nothing was created."
-    )

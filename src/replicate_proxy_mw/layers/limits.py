@@ -50,8 +50,8 @@ def limit_requests(
 
     Args:
         creates: limit of requests that create a prediction or training, as the package `limits` writes them:
-            `60/minute`, or several as `10/second;1000/day`. None is no limit. By default what Replicate allows an
-            account.
+            `60/minute`, or several as `10/second;1000/day`. None is no limit. A POST that Replicate's API is not known
+            to have counts as one, since it may be another spelling. By default what Replicate allows an account.
         others: limit of all other requests, uploads of files too. By default what Replicate allows an account.
         tenants: other limits for some tenants, by name: `{"team-a": {"creates": "60/minute"}}`.
         storage: where requests are counted. By default in the memory of this process, on any event loop, about 35 bytes
@@ -62,22 +62,27 @@ def limit_requests(
         fail_open: what becomes of requests while the storage fails or hangs: they pass uncounted, since Replicate has
             a limit, too, and for a second after a failure none waits for it. If False, they are answered 503
             (`store_failed`), and nothing goes up.
-        timeout: seconds for the storage. 0.5: many times what a Redis nearby needs.
+        timeout: seconds for the storage, from the moment that it is asked: of many requests at once, 50 ask it at a
+            time. 0.5: many times what a Redis nearby needs.
         now: seconds since the epoch, for what is counted in memory.
 
     Raises:
         ValueError: names the option and what is wrong with it. A storage that would hold up the event loop is refused.
     """
     for_all = {"creates": _parsed("creates", creates), "others": _parsed("others", others)}
-    of_tenants = {tenant: for_all | _parsed_all(tenant, given) for tenant, given in (tenants or {}).items()}
+    of_tenants: dict[str | None, dict[str, list[RateLimitItem]]] = {
+        tenant: for_all | _parsed_all(tenant, given) for tenant, given in (tenants or {}).items()
+    }
     counters = Counters("limit_requests", storage, timeout=timeout, rest=_REST if fail_open else 0.0, now=now)
     limiter = MovingWindowRateLimiter(counters.storage)
 
     def layer(forward: Forward) -> Forward:
         async def limited(request: ProxyRequest) -> ProxyResponse:
             about, tenant = request.route.details, request.key.tenant
-            kind = "creates" if about is not None and about.creates in ("prediction", "training") else "others"
-            items = (for_all if tenant is None else of_tenants.get(tenant, for_all))[kind]
+            # Another spelling may be read as a create behind us.
+            is_create = request.method == "POST" if about is None else about.creates in ("prediction", "training")
+            kind = "creates" if is_create else "others"
+            items = of_tenants.get(tenant, for_all)[kind]
             if not items:
                 return await forward(request)
             identifiers = "replicate_proxy", kind, owner(request.key)

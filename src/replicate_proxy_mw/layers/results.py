@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import anyio
 
-from .. import creates, portkey
+from .. import creates, headers, portkey, rereading
 from ..errors import ProxyError, UpstreamAborted
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..host_calls import HostFailed, ask
@@ -50,16 +50,21 @@ def reuse_results(
 
     A caller asks with `x-portkey-config: {"cache": {"mode": "simple", "max_age": 600}}`. Identical are creates of the
     same tenant and token, of one operation and path, with the same JSON whatever the order of its members and its
-    white space, and one `x-portkey-cache-namespace`. The earlier prediction is read from Replicate, and answered with
-    201 and `x-portkey-cache-status: HIT`, if it has succeeded and its output lives for a minute more; a file in it is
-    a URL, also where a create that waits would have had it inline. Else the create goes up, and what it makes is
-    answered from then on: `MISS`, or `REFRESH` where `x-portkey-cache-force-refresh: true` asks for it.
+    white space, one `x-portkey-cache-namespace`, and the same of the headers that `forward_headers` lists. The earlier
+    prediction is read from Replicate, and answered with 201 and `x-portkey-cache-status: HIT`, if it has succeeded and
+    its output lives for a minute more; a file in it is a URL, also where a create that waits would have had it inline.
+    Else the create goes up, and what it makes is answered from then on: `MISS`, or `REFRESH` where
+    `x-portkey-cache-force-refresh: true` asks for it. While the earlier one is under way, what else is created is paid
+    for, too, and the earlier one is answered once it has succeeded.
 
     Trainings, creates with a webhook or `stream: true`, targets with a query, and bodies that are not JSON, that have
     a name twice or are longer than 1 MiB pass (`DISABLED`). Identical creates at the same time are all sent.
 
     The store has a digest of each create, the id of what it made and when. While it is out of order every create goes
     up, and is paid as it would be without the layer.
+
+    List it below `idempotency_keys`: above it, a key that was used with another body is answered with a result in the
+    place of 422.
 
     Args:
         store: what is known of creates: by default in the memory of this process, for several `RedisOnceStore`.
@@ -105,7 +110,9 @@ def _key(request: ProxyRequest, body: bytes, namespace: str) -> str | None:
         if any(name.startswith("webhook") for name in content):
             return None
         own = request.key.identity(), request.operation or "", request.target
-        return creates.digest("result", *own, creates.canonical(content), namespace)
+        # What a host has go up beside what always does may well mean something to Replicate.
+        listed = [part for pair in request.headers if pair[0] not in headers.UP for part in pair]
+        return creates.digest("result", *own, creates.canonical(content), namespace, *listed)
     except ValueError:
         return None
 
@@ -117,13 +124,47 @@ class _Results:
         self._store, self._max_age, self._timeout, self._now = store, max_age, timeout, now
 
     async def answer(self, forward: Forward, request: ProxyRequest, key: str, asked: Caching) -> ProxyResponse:
-        earlier = None if asked.force_refresh else await self._earlier(forward, request, key, asked)
+        earlier, is_under_way = None, False
+        if not asked.force_refresh:
+            earlier, is_under_way = await self._earlier(forward, request, key, asked)
         word = "HIT" if earlier is not None else "REFRESH" if asked.force_refresh else "MISS"
         request.notes[names.CACHE_STATUS] = word
-        response = await self._created(forward, request, key) if earlier is None else earlier
-        return replace(response, headers=(*response.headers, (b"x-portkey-cache-status", word.encode())))
+        if earlier is None:
+            earlier = await self._created(forward, request, key, is_kept=not is_under_way)
+        return replace(earlier, headers=(*earlier.headers, (b"x-portkey-cache-status", word.encode())))
 
-    async def _created(self, forward: Forward, request: ProxyRequest, key: str) -> ProxyResponse:
+    async def _earlier(
+        self, forward: Forward, request: ProxyRequest, key: str, asked: Caching
+    ) -> tuple[ProxyResponse | None, bool]:
+        """The earlier result; and where there is none, whether it is still under way."""
+        known = await self._ask(lambda: self._store.result(key))
+        if known is None or known.age > min(self._max_age, asked.max_age or math.inf):
+            return None, False
+        found, is_under_way = None, False
+        with anyio.move_on_after(READ_TIMEOUT):
+            found, is_under_way = await self._read(forward, request, known.id)
+        if found is None and (span := current()) is not None:
+            # The story of this request is that of what it creates.
+            span.sighting = None
+        return found, is_under_way
+
+    async def _read(self, forward: Forward, request: ProxyRequest, id: str) -> tuple[ProxyResponse | None, bool]:
+        try:
+            response, body, whole = await rereading.read_again(forward, request, "prediction", id)
+        except (ProxyError, UpstreamAborted):
+            return None, False
+        plain = plain_of(response, body) if whole and response.status == 200 else None
+        if plain is not None and self._lives(plain, id):
+            return replace(response, status=201), False
+        await response.aclose()  # now, so that the attempt is over before that of the create
+        seen = None if plain is None else prediction.read(plain)
+        return None, seen is not None and seen.id == id and not seen.is_final
+
+    async def _created(self, forward: Forward, request: ProxyRequest, key: str, *, is_kept: bool) -> ProxyResponse:
+        """What is created, which is the result from now on if it `is_kept`: of creates that come faster than the model
+        runs, the first that succeeds is."""
+        if not is_kept:
+            return await forward(request)
         response = await forward(asking_for_plain(request))
         # A create that is answered again is not a new result (`layers.idempotency`).
         if response.is_event_stream or any(name == b"idempotency-replayed" for name, _ in response.headers):
@@ -133,29 +174,6 @@ class _Results:
         if id is not None:
             await self._ask(lambda: self._store.put_result(key, id, self._max_age), paid=True)
         return response
-
-    async def _earlier(self, forward: Forward, request: ProxyRequest, key: str, asked: Caching) -> ProxyResponse | None:
-        known = await self._ask(lambda: self._store.result(key))
-        if known is None or known.age > min(self._max_age, asked.max_age or math.inf):
-            return None
-        found = None
-        with anyio.move_on_after(READ_TIMEOUT):
-            found = await self._read(forward, request, known.id)
-        if found is None and (span := current()) is not None:
-            # The story of this request is that of what it creates.
-            span.sighting = None
-        return found
-
-    async def _read(self, forward: Forward, request: ProxyRequest, id: str) -> ProxyResponse | None:
-        try:
-            response, body, whole = await creates.read_again(forward, request, "prediction", id)
-        except (ProxyError, UpstreamAborted):
-            return None
-        plain = plain_of(response, body) if whole else None
-        if response.status != 200 or plain is None or not self._lives(plain, id):
-            await response.aclose()  # now, so that the attempt is over before that of the create
-            return None
-        return replace(response, status=201)
 
     def _lives(self, body: bytes, id: str) -> bool:
         """Whether it is the prediction `id`, a success with its output, for a while yet."""

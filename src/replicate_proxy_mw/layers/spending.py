@@ -18,7 +18,7 @@ from ..exchange import Forward, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held, is_readable, plain_of
 from ..keys import ReplicateKey
 from ..store.counters import Counters, of_tenant, owner
-from ..store.spent import DAY, MAX_AMOUNT, MILLION, Hold, Spent, millionths, shown
+from ..store.spent import DAY, MAX_AMOUNT, MILLION, Hold, Spent, limit_of, millionths, shown
 from ..telemetry.prediction import Kind, Prediction, of, read
 from ..telemetry.prices import PriceList, Prices, Rates
 
@@ -43,35 +43,35 @@ def limit_spending(
 ) -> SpendingLimit:
     """Refuse new predictions and trainings of a tenant that has spent what it may in a day (UTC).
 
-    They are answered 402 (`spend_limit_reached`) with the reason and `retry-after`, and nothing goes up. Nothing else
-    is refused, ever. A key without a tenant has a limit of its own.
+    They are answered 402 (`spend_limit_reached`) with the reason and `retry-after`, and nothing goes up. So is a POST
+    that Replicate's API is not known to have: it may be another spelling of a create. Nothing else is refused, ever. A
+    key without a tenant has a limit of its own.
 
-    A run counts once, at the price it has when its end is first read through the proxy, singly: in the answer to a
-    create, a poll or a cancel. It counts for the tenant that created it, or, of one that was not created here, for the
-    one that reads it; on the day of its creation. An end that is never read so (of a run that is told of by webhook
-    alone, streamed alone, or listed alone) counts as `reserve`, unless the host hands it to `SpendingLimit.count`. So
-    does what has no price; rates by run or output have none for a run that failed. List guardrails, and what answers
-    without Replicate, before this layer.
+    A run counts once, on the day of its creation, at the price it has when its end is first read in the answer to a
+    create, a poll or a cancel; for the tenant that created it, or the one that reads it if it was not created here.
+    What has no price counts as `reserve`, and so does an end that is never read so: of a run that is streamed or listed
+    alone, or told of by webhook alone, unless the host hands it to `SpendingLimit.count`. List guardrails, and what
+    answers without Replicate, before this layer.
+
+    What is reserved for a create whose answer was not read, since the caller had left or it was cut, counts until the
+    day is over: nobody knows whose run it is for. If the end of such a run is read later, its cost counts as well.
 
     Args:
         per_day: what a tenant may spend in a day, in `currency`. None is no limit; it is counted all the same.
         prices: as the middleware's; rates in another currency are none.
         tenants: other limits for some tenants, by name.
         reserve: what a create counts as from before it goes up until its end is read, in `currency`; what surely
-            created nothing counts as nothing. A create passes only if what has been spent, and this for itself and
-            for each run whose end has not been read, are no more than `per_day`. So give what a run costs at most:
-            with the default of 0, any number may be under way when the limit is reached.
+            created nothing counts as nothing. A create passes if that and what is spent or reserved are no more than
+            `per_day`. So give what a run costs at most: with 0, any number may be under way when the limit is reached.
         currency: of all amounts here, ISO 4217.
-        storage: where amounts are counted. By default in the memory of this process, on any event loop: about 850 bytes
-            for each run of a day, of the last 100,000 runs. Several processes share a Redis,
-            `limits.aio.storage.RedisStorage("async+redis://…", implementation="redispy")`, under asyncio; it stays the
-            host's to close, and has to allow 50 connections. That is one round trip before a create and two after it,
-            four after an end is read, one after it is read again, and about 380 bytes for each run of a day.
-        fail_open: what becomes of creates while the storage fails or hangs: by default they are answered 503
-            (`store_failed`), and nothing goes up. If True, they pass. All else passes in any case. What ends meanwhile
-            counts when it is read again afterwards, else as `reserve`; nothing ever counts twice.
-        timeout: seconds for each call of the storage. 0.5: many times what a Redis nearby needs. Counting begins when
-            an answer has left, so that no answer waits for it.
+        storage: as for `limit_requests`. By default memory: about 850 bytes for each run of a day, of the last 100,000.
+            Redis has about 380 bytes for each run of a day, and is asked once before a create and twice after it, four
+            times after an end is read, once after it is read again.
+        fail_open: whether creates pass while the storage fails or hangs; by default they are answered 503
+            (`store_failed`), and nothing goes up. All else passes in any case. What ends meanwhile counts when it is
+            read again afterwards, else as `reserve`.
+        timeout: seconds for each call of the storage, once it is asked: 50 calls go at a time. 0.5: many times what a
+            Redis nearby needs. No answer waits for what is counted after it.
         now: seconds since the epoch.
 
     Raises:
@@ -79,9 +79,11 @@ def limit_spending(
     """
     Rates(per_run=0, currency=currency)  # raises for what is no currency
     counters = Counters("limit_spending", storage, timeout=timeout, now=now)
-    limits = {name: _limit(f"tenants: {name!r}", amount, reserve) for name, amount in (tenants or {}).items()}
+    limits: dict[str | None, int | None] = {None: limit_of("per_day", per_day, reserve=reserve)}
+    limits |= {
+        name: limit_of(f"tenants: {name!r}", amount, reserve=reserve) for name, amount in (tenants or {}).items()
+    }
     return SpendingLimit(
-        limit=_limit("per_day", per_day, reserve),
         limits=limits,
         prices=PriceList(prices, timeout=PRICES_TIMEOUT),
         currency=currency,
@@ -91,33 +93,28 @@ def limit_spending(
     )
 
 
-def _limit(name: str, amount: float | None, reserve: float) -> int | None:
-    limit = None if amount is None else millionths(name, amount)
-    if limit and limit < millionths("reserve", reserve):
-        raise ValueError(f"{name}: is less than reserve, so that nothing could ever be created; 0 says so")
-    return limit
-
-
 class SpendingLimit:
     """The layer; made by `limit_spending`."""
 
     def __init__(
         self,
         *,
-        limit: int | None,
-        limits: Mapping[str, int | None],
+        limits: Mapping[str | None, int | None],
         prices: PriceList,
         currency: str,
         spent: Spent,
         fail_open: bool,
         now: Callable[[], float],
     ) -> None:
-        self._limit, self._limits, self._prices, self._currency = limit, limits, prices, currency
+        self._limits, self._prices, self._currency = limits, prices, currency
         self._spent, self._fail_open, self._now = spent, fail_open, now
 
     def __call__(self, forward: Forward) -> Forward:
         async def limited(request: ProxyRequest) -> ProxyResponse:
             about = request.route.details
+            if about is None and request.method == "POST":
+                # Another spelling may be read as a create behind us.
+                return await self._create("prediction", request, forward)
             kind = None if about is None else about.creates or about.reads
             if about is None or kind is None or kind == "file":
                 return await forward(request)
@@ -149,18 +146,17 @@ class SpendingLimit:
             await self._end(of_tenant(tenant), tenant, run)
 
     async def _create(self, kind: Kind, request: ProxyRequest, forward: Forward) -> ProxyResponse:
-        tenant, hold = request.key.tenant, Hold(owner(request.key))
+        hold = Hold(owner(request.key))
         request.afterwards.append(partial(self._give_back, hold))
-        await self._take(hold, self._limit if tenant is None else self._limits.get(tenant, self._limit))
-        await checkpoint_if_cancelled()
+        await self._take(hold, self._limits.get(request.key.tenant, self._limits[None]))
+        await checkpoint_if_cancelled()  # which `_take` is not
         hold.kept = True
         try:
             response = await forward(asking_for_plain(request))
         except ProxyError as error:
-            unsent = isinstance(error, (UpstreamUnreachable, Overloaded))
-            hold.kept = not unsent and (error.status >= 500 or error.status in _MAY_RUN)
+            hold.kept = _may_run(error.status) and not isinstance(error, (UpstreamUnreachable, Overloaded))
             raise
-        hold.kept = not 400 <= response.status < 500 or response.status in _MAY_RUN
+        hold.kept = _may_run(response.status)
         return await self._seen(kind, request, response, hold)
 
     async def _take(self, hold: Hold, limit: int | None) -> None:
@@ -220,3 +216,8 @@ class SpendingLimit:
 
     def _today(self) -> int:
         return int(self._now() // DAY)
+
+
+def _may_run(status: int) -> bool:
+    """Whether there may be a run after such an answer to a create."""
+    return not 400 <= status < 500 or status in _MAY_RUN

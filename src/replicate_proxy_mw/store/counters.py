@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -25,6 +26,9 @@ logger = logging.getLogger("replicate_proxy_mw")
 
 # At a time: of redis-py's pool, 8.1 has 100 connections, and whoever asks for one more fails at once.
 MAX_CALLS = 50
+
+# Steps that a call's time is waited for in.
+_STEPS = 20
 
 # Seconds between two lines about the same outage.
 LOG_PAUSE = 10.0
@@ -140,7 +144,8 @@ class Counters:
     Args:
         name: of the layer that counts, for logs and texts.
         storage: None is memory of this process.
-        timeout: seconds for each call.
+        timeout: seconds for each call. Waiting for a turn is not counted, nor is what holds up the event loop: many
+            requests at once are no outage.
         rest: seconds after a failure in which it is not asked again.
         now: seconds since the epoch, for memory.
 
@@ -167,10 +172,11 @@ class Counters:
         self._in_memory = storage is None
         self.storage: Storage = MemoryCounters(now=now) if storage is None else storage
         self._turns = anyio.Semaphore(MAX_CALLS, fast_acquire=True)
+        self._failures = 0
         self._rests_until = self._silent_until = 0.0
 
     async def call(self, f: Callable[[Storage], Awaitable[T]], *, shield: bool = False) -> T:
-        """What `f` returns of the storage; if `shield` is set, even if the request is cancelled.
+        """What `f` returns of the storage; if `shield` is set, even if the request is cancelled when it has begun.
 
         Raises:
             StoreFailed: it failed or took too long.
@@ -179,17 +185,38 @@ class Counters:
         if self._in_memory:
             return await f(self.storage)
         if time.monotonic() >= self._rests_until:
-            try:
-                return await ask(lambda: self._in_turn(f), seconds=self._timeout, shield=shield)
-            except HostFailed as error:
-                self._failed(error.name)
+            failures = self._failures
+            async with self._turns:
+                # After a failure, those who have waited for their turns would wait for the storage one after another.
+                if failures == self._failures:
+                    try:
+                        return await ask(lambda: self._in_time(f), seconds=math.inf, shield=shield)
+                    except HostFailed as error:
+                        self._failed(error.name)
         raise StoreFailed(f"{self._name}: this could not be counted, and nothing was sent; try again.")
 
-    async def _in_turn(self, f: Callable[[Storage], Awaitable[T]]) -> T:
-        async with self._turns:
-            return await f(self.storage)
+    async def _in_time(self, f: Callable[[Storage], Awaitable[T]]) -> T:
+        result: list[T] = []
+        failure: Exception = TimeoutError()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._end, tasks.cancel_scope)
+            try:
+                result.append(await f(self.storage))
+            except Exception as error:
+                failure = error
+            tasks.cancel_scope.cancel()
+        if not result:
+            raise failure
+        return result[0]
+
+    async def _end(self, call: anyio.CancelScope) -> None:
+        # In steps, each of which the event loop has to get to: one that is held up is late with answers, too.
+        for _ in range(_STEPS):
+            await anyio.sleep(self._timeout / _STEPS)
+        call.cancel()
 
     def _failed(self, failure: str) -> None:
+        self._failures += 1
         now = time.monotonic()
         self._rests_until = now + self._rest
         if now >= self._silent_until:

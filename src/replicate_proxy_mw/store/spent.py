@@ -135,5 +135,17 @@ def millionths(name: str, amount: float) -> int:
     return math.ceil(round(amount * MILLION, 3))
 
 
+def limit_of(name: str, amount: float | None, *, reserve: float) -> int | None:
+    """What `amount` is counted as for a limit, None for no limit.
+
+    Raises:
+        ValueError: it is no amount, or nothing could ever be reserved; the text begins with `name`.
+    """
+    limit = None if amount is None else millionths(name, amount)
+    if limit and limit < millionths("reserve", reserve):
+        raise ValueError(f"{name}: is less than reserve, so that nothing could ever be created; 0 says so")
+    return limit
+
+
 def shown(amount: int) -> str:
     return f"{max(0, amount) / MILLION:.6f}".rstrip("0").rstrip(".")

@@ -41,12 +41,19 @@ class Joint:
         finally:
             span.waiting = waiting
             if beginner is not None and beginner.sighting is not None:
-                span.sighting = _seen(beginner.sighting, span)
+                _saw(beginner.sighting, span)
+
+    async def over(self) -> None:
+        """The call is over: what it has shown is told now, if its beginner was over before; else that one tells it."""
+        if self._beginner is not None:
+            await self._beginner.follow_up()
 
 
-def _seen(sighting: Sighting, span: RequestSpan) -> Sighting:
-    """What another request has seen, without what may be on no signal of this one."""
-    if sighting.prediction is None:
-        return sighting
-    prediction = scrubbed(sighting.prediction, span.scrub)
-    return Sighting(sighting.id, sighting.kind, sighting.by, prediction, sighting.at)
+def _saw(sighting: Sighting, span: RequestSpan) -> None:
+    """`span` has seen what another request has, without what may be on no signal of this one."""
+    prediction = None if sighting.prediction is None else scrubbed(sighting.prediction, span.scrub)
+    if sighting.by != "create":
+        span.sighting = sighting._replace(prediction=prediction)
+    elif prediction is not None:
+        # A creation is told once, by whoever began it.
+        span.joined(prediction)

@@ -81,6 +81,7 @@ class RequestSpan:
     _error_type: str | None = None
     _attached: Token[Context] | None = None
     _ended_at = 0
+    _told_of: Sighting | None = None
 
     def __init__(
         self,
@@ -148,6 +149,10 @@ class RequestSpan:
         self.outcome = error.outcome
         self._error_type = error.code
 
+    def joined(self, prediction: Prediction) -> None:
+        """It is about what another request has created, which tells its story."""
+        self._told |= attributes.of_prediction(prediction)
+
     @property
     def may_capture(self) -> bool:
         """Whether the caller has nothing against its content being shown."""
@@ -177,6 +182,7 @@ class RequestSpan:
                 own=max(0.0, seconds - self.waiting.seconds),
                 server=self._server_labels() if self._is_server else None,
             )
+        self._told_of = self.sighting
         if self.sighting is None:
             self.end()
         else:
@@ -214,7 +220,7 @@ class RequestSpan:
 
     def end(self) -> None:
         """Close the span, as of the moment when the request ended; notes may be added until then."""
-        if not self.recording:
+        if not self.span.is_recording():
             return
         told = self._told
         told[names.OUTCOME] = self.outcome
@@ -231,6 +237,16 @@ class RequestSpan:
         told |= self.notes
         self.span.set_attributes(self.shown(told))
         self.span.end(self._ended_at)
+
+    async def follow_up(self) -> None:
+        """Tell what was seen since the request was over: something that it has begun went on."""
+        if not self._ended_at or self.sighting is None or self.sighting is self._told_of:
+            return
+        self._told_of = self.sighting
+        afterwards = self.afterwards = []
+        await self._story(self)
+        for afterward in afterwards:
+            await afterward()
 
 
 def traceparent(span_context: SpanContext) -> str | None:
