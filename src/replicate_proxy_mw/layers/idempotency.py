@@ -14,7 +14,7 @@ from functools import partial
 import anyio
 
 from .. import creates, ending, rereading
-from ..errors import BodyTooLarge, CreateUnknown, IdempotencyKeyReused, ProxyError, UpstreamFailed
+from ..errors import BodyTooLarge, CreateUnknown, IdempotencyKeyReused, UpstreamFailed
 from ..exchange import Forward, Layer, Opened, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held
 from ..operations import Kind
@@ -49,20 +49,9 @@ def idempotency_keys(
     same whatever the order of its members and its white space, up to 1 MiB; all else byte for byte.
 
     A key can be used again where nothing was made: after 4xx of Replicate's, but for 408 and 409, and after whatever
-    failed or was refused before it was sent. Else:
-
-    - 400: the header comes twice, or is not 1 to 255 visible ASCII characters, in quotes or not.
-    - 409 `create_unknown`: something may have been made (the answer was 408, 409 or 5xx, was cut or has no id; or the
-      process has ended before it was there). It is never sent again with this key.
-    - 413: a body of more than 16 MiB, which is not compared.
-    - 422 `idempotency_key_reused`: the key was sent with another body, or to another path.
-    - 502 `upstream_failed`: what was made could not be read; the text has its id.
-    - 503 `store_failed`: the store is out of order, and nothing was sent. The key can be used again once the store has
-      taken back what it may have noted all the same.
-
-    The store has digests, ids, statuses and times. An answer that it does not take goes out all the same; if that lasts
-    for some seconds, the key is answered 409 from `longest_create` on. A store that loses what it has does not know the
-    keys any more.
+    failed or was refused before it was sent. Where that is not known it is never sent again (409 `create_unknown`).
+    While the store is out of order nothing is sent (503 `store_failed`), and an answer that is there goes out all the
+    same. A store that loses what it has does not know the keys any more.
 
     List it below guardrails: what they refuse has then not begun; and above `reuse_results`, whose answers are what was
     made: the other way round, a key that was used with another body may be answered with a result in the place of 422.
@@ -79,11 +68,8 @@ def idempotency_keys(
     Raises:
         ValueError: an option is no number of seconds above 0, or `lifetime` is less than `longest_create`.
     """
-    for option, seconds in (
-        ("lifetime", lifetime),
-        ("longest_create", longest_create),
-        ("store_timeout", store_timeout),
-    ):
+    options = {"lifetime": lifetime, "longest_create": longest_create, "store_timeout": store_timeout}
+    for option, seconds in options.items():
         if not 0 < seconds < math.inf:
             raise ValueError(f"{option}: must be more than 0 seconds, and finite")
     if lifetime < longest_create:
@@ -99,21 +85,17 @@ def idempotency_keys(
             value = creates.idempotency_key(request.scope["headers"])
             if value is None:
                 return await forward(request)
-            if (request.content_length or 0) > MAX_SIZE:
-                raise _too_large()
-            request, body, whole = await held(request, max_size=MAX_SIZE)
+            whole = (request.content_length or 0) <= MAX_SIZE
+            if whole:
+                request, body, whole = await held(request, max_size=MAX_SIZE)
             if not whole:
-                raise _too_large()
+                raise BodyTooLarge(f"Idempotency-Key: more than {MAX_SIZE} bytes are not compared; nothing was sent.")
             key = creates.digest("create", request.key.identity(), value)
             return await keys.answer(forward, request, body, kind, key)
 
         return once
 
     return layer
-
-
-def _too_large() -> ProxyError:
-    return BodyTooLarge(f"Idempotency-Key: a body of more than {MAX_SIZE} bytes is not compared; nothing was sent.")
 
 
 class _UnderWay:
