@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from . import routing
 from .exchange import Chunks, ProxyRequest, ProxyResponse
 from .headers import HeaderList
 
@@ -38,6 +39,19 @@ def asking_for_plain(request: ProxyRequest) -> ProxyRequest:
     kept = [pair for pair in request.headers if pair[0] not in _NOT_UP]
     headers = (*kept, (b"accept-encoding", b"identity"))
     return request if headers == request.headers else replace(request, headers=headers)
+
+
+def asking_for(request: ProxyRequest, target: str) -> ProxyRequest:
+    """A GET of another target, with the key of `request`, for an answer that is whole and not encoded."""
+    return replace(
+        request,
+        method="GET",
+        target=target,
+        route=routing.match("GET", target.partition("?")[0]),
+        headers=((b"accept-encoding", b"identity"),),
+        body=Chunks([]),
+        content_length=0,
+    )
 
 
 def is_readable(response: ProxyResponse, *, max_size: int = MAX_SIZE) -> bool:

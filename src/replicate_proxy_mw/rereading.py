@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import routing
 from .errors import ProxyError, UpstreamAborted, UpstreamFailed
-from .exchange import Chunks, Forward, ProxyRequest, ProxyResponse
-from .json_bodies import held
+from .exchange import Forward, ProxyRequest, ProxyResponse
+from .json_bodies import asking_for, held
 from .operations import Kind
 from .telemetry.request import current
 
@@ -45,18 +44,8 @@ async def read_again(forward: Forward, request: ProxyRequest, kind: Kind, id: st
     Raises:
         ProxyError, UpstreamAborted: what `forward` and its answer raised.
     """
-    target = f"/{kind}s/{id}"
-    asked = replace(
-        request,
-        method="GET",
-        target=target,
-        route=routing.match("GET", target),
-        headers=((b"accept-encoding", b"identity"),),
-        body=Chunks([]),
-        content_length=0,
-    )
     try:
-        response = await forward(asked)
+        response = await forward(asking_for(request, f"/{kind}s/{id}"))
     finally:
         if (span := current()) is not None:
             # Replicate was asked, and yet what is answered is what another request has made.

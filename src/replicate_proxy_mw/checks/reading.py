@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
 from .. import model_names, routing
 from ..errors import BadRequest, ProxyError, UpstreamAborted
-from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
-from ..json_bodies import asking_for_plain, held, is_readable, plain_of
+from ..exchange import Forward, ProxyRequest, ProxyResponse
+from ..json_bodies import asking_for, held, is_readable, plain_of
 from ..model_names import Named, NotUnderstood
 from .threads import in_thread
 
@@ -99,11 +98,9 @@ async def got(request: ProxyRequest, forward: Forward, target: str) -> object | 
         routing.check("GET", path, query.encode("latin-1"))
     except BadRequest:
         raise ValueError("not a target") from None
-    route = routing.match("GET", path)
-    asked = replace(request, method="GET", target=target, route=route, headers=(), body=Chunks([]), content_length=0)
     try:
         # Whole, so that the connection can be used again.
-        response, _, _ = await held(await forward(asking_for_plain(asked)))
+        response, _, _ = await held(await forward(asking_for(request, target)))
         await response.aclose()
         if response.status == 200:
             _, body = await plain_body(response)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 
-from .. import model_names, routing
+from .. import model_names
 from ..errors import PermissionDenied, UpstreamFailed
-from ..exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
-from ..json_bodies import held
+from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
+from ..json_bodies import asking_for, held
 from ..model_names import Named, NotUnderstood
 
 # Parsing a longer body holds up all other requests: the worst of this size a tenth of a second.
@@ -93,16 +92,7 @@ class _Versions:
 
 
 async def _look_up(target: str, request: ProxyRequest, forward: Forward) -> bool:
-    asked = replace(
-        request,
-        method="GET",
-        target=target,
-        route=routing.match("GET", target),
-        headers=((b"accept-encoding", b"identity"),),
-        body=Chunks([]),
-        content_length=0,
-    )
-    response = await forward(asked)
+    response = await forward(asking_for(request, target))
     await held(response)  # so that the connection can be used again
     await response.aclose()
     if response.status not in (200, 403, 404):
