@@ -148,7 +148,7 @@ def test_only_so_much_is_told() -> None:
         {"additionalProperties": False, "propertyNames": False, "dependentRequired": {"x": ["y"]}},
         {"if": True, "then": False, "unevaluatedProperties": False, "contains": False, "prefixItems": [False]},
         {"$ref": "https://evil.test/schema", "type": "null"},
-        {"$ref": "file:///etc/passwd"},
+        {"$ref": "file:///schema.json"},
         {"$ref": "#/components/schemas/Nowhere"},
         {"$ref": "#/components/schemas/Input"},
         {"$ref": "Input"},
