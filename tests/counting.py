@@ -1,9 +1,7 @@
-"""What tests of layers that count share: a Redis of their own, out of order or not, and two processes at it."""
+"""What tests of layers that count share: counters in a Redis, out of order or not."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -40,29 +38,3 @@ def out_of_order(server: RedisServer, outage: str) -> Iterator[None]:
         yield
     finally:
         server.start()
-
-
-def two_processes(program: str, *arguments: str) -> list[str]:
-    """What each of two has to tell, which begin at the same moment."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", program, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return [process.communicate(timeout=15)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -132,6 +133,32 @@ def postgres() -> Iterator[str]:
             yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
         finally:
             _end(process, signal.SIGINT)  # a fast shutdown: it does not wait for clients
+
+
+def two_processes(program: str, *arguments: str) -> list[str]:
+    """What each of two has to tell, which begin at the same moment."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", program, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [process.communicate(timeout=15)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def _missing(reason: str) -> NoReturn:

@@ -858,7 +858,7 @@ async def test_processes_share_what_is_in_redis(
 ) -> None:
     upstream.script = confirming(ETAG)
     async with _redis(redis_service) as storage:
-        here, there = cached(storage=storage), cached(storage=storage)
+        here, there = cached(storage=storage, timeout=10.0), cached(storage=storage, timeout=10.0)
         assert [word(await read(app)) for app in (here, there, here)] == ["MISS", "HIT", "HIT"]
         assert len(upstream.requests) == 1
         clock.advance(301)
@@ -901,7 +901,7 @@ async def test_a_redis_that_is_stopped_or_frozen_is_as_if_nothing_were_stored(
 ) -> None:
     upstream.script = counting()
     async with _redis(own_server) as storage:
-        app = cached(storage=storage, timeout=0.2)
+        app = cached(storage=storage, timeout=1.0)
         assert await words(app) == ["MISS", "HIT"]
         with own_server.frozen():
             assert await words(app) == ["MISS", "MISS"]
@@ -930,7 +930,7 @@ async def test_a_redis_that_freezes_before_it_stores_costs_nobody_the_answer(
 
         upstream.script = script
         async with _redis(own_server) as storage:
-            app = cached(storage=storage, timeout=0.1)
+            app = cached(storage=storage, timeout=0.5)
             assert await words(app, times=1) == ["MISS"]
             frozen.close()
             upstream.script = counting()

@@ -18,11 +18,11 @@ from replicate_proxy_mw import Forward, MappingKeyResolver, ProxyRequest, ProxyR
 from replicate_proxy_mw.errors import LimitExceeded, StoreFailed
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.layers.limits import TenantLimits, limit_requests
-from tests.counting import on_asyncio, out_of_order, storage_of, two_processes
+from tests.counting import on_asyncio, out_of_order, storage_of
 from tests.raw_asgi import TOKEN, call, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream
 from tests.requests import request_of
-from tests.services import RedisServer, redis_server
+from tests.services import RedisServer, redis_server, two_processes
 
 pytestmark = pytest.mark.anyio
 

@@ -205,7 +205,7 @@ each_outage = pytest.mark.parametrize("how", ["stopped", "frozen"])
 @each_outage
 async def test_before_a_create_nothing_is_sent(own_server: RedisServer, store: RedisOnceStore, how: str) -> None:
     replicate = Replicate()
-    app = paying(transport=replicate, layers=[idempotency_keys(store=store, store_timeout=0.2)])
+    app = paying(transport=replicate, layers=[idempotency_keys(store=store, store_timeout=1.0)])
     with out_of_order(own_server, how):
         assert code(await create(app, key("k"))) == (503, "store_failed")
         assert (await create(app)).status == 201, "without a key nothing is asked of the store"
@@ -221,7 +221,7 @@ async def test_between_sending_and_storing_the_answer_goes_out_and_is_stored_lat
     own_server: RedisServer, store: RedisOnceStore, how: str
 ) -> None:
     replicate = Replicate()
-    options: dict[str, Any] = {"store": store, "store_timeout": 0.2}
+    options: dict[str, Any] = {"store": store, "store_timeout": 1.0}
     app, other = (paying(transport=replicate, layers=[idempotency_keys(**options)]) for _ in "ab")
     replicate.hold, replicate.waiting = anyio.Event(), anyio.Event()
     caller = Caller([BODY])
@@ -252,7 +252,7 @@ async def test_after_it_what_was_made_is_answered_as_far_as_the_store_still_know
     own_server: RedisServer, store: RedisOnceStore, how: str
 ) -> None:
     replicate = Replicate()
-    app = paying(transport=replicate, layers=[idempotency_keys(store=store, store_timeout=0.2)])
+    app = paying(transport=replicate, layers=[idempotency_keys(store=store, store_timeout=1.0)])
     assert (await create(app, key("k"))).status == 201
     with out_of_order(own_server, how):
         assert code(await create(app, key("k"))) == (503, "store_failed")
@@ -265,7 +265,7 @@ async def test_after_it_what_was_made_is_answered_as_far_as_the_store_still_know
 @each_outage
 async def test_without_it_results_are_made_anew(own_server: RedisServer, store: RedisOnceStore, how: str) -> None:
     replicate = Replicate()
-    app = paying(transport=replicate, layers=[reuse_results(store=store, store_timeout=0.2)])
+    app = paying(transport=replicate, layers=[reuse_results(store=store, store_timeout=1.0)])
     await create(app, SIMPLE)
     with out_of_order(own_server, how):
         caller = await create(app, SIMPLE)

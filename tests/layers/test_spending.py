@@ -37,10 +37,10 @@ from replicate_proxy_mw.store.counters import MemoryCounters, owner
 from replicate_proxy_mw.telemetry import PriceRequest
 from replicate_proxy_mw.testing import FakeReplicate
 from replicate_proxy_mw.testing.clock import ManualClock
-from tests.counting import on_asyncio, out_of_order, storage_of, two_processes
+from tests.counting import on_asyncio, out_of_order, storage_of
 from tests.raw_asgi import TOKEN, Caller, call, http_scope, proxy
 from tests.requests import request_of
-from tests.services import RedisServer, redis_server
+from tests.services import RedisServer, redis_server, two_processes
 
 pytestmark = pytest.mark.anyio
 

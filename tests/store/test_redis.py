@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -18,7 +16,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from replicate_proxy_mw.store import StoredPrediction
 from replicate_proxy_mw.store.redis import RedisPredictionStore
-from tests.services import RedisServer, redis_server
+from tests.services import RedisServer, redis_server, two_processes
 
 pytestmark = pytest.mark.anyio
 
@@ -283,7 +281,7 @@ async def test_a_call_may_be_cancelled_at_any_moment(redis_service: RedisServer,
 
 
 ANOTHER_PROCESS = """
-import asyncio, json, sys
+import asyncio, json, os, sys
 from redis.asyncio import Redis
 from replicate_proxy_mw.store.redis import RedisPredictionStore
 
@@ -296,7 +294,7 @@ async def main(url, prefix, ids):
         claimed = [id for id in ids if await store.claim(id)]
         seen = []
         for number in range(300):
-            status = f"{sys.argv[4]}{number}"
+            status = f"{os.getpid()} {number}"
             known = await store.read("shared", status)
             seen.append([known.reads, known.status, status])
         print(json.dumps([claimed, seen]))
@@ -312,24 +310,7 @@ async def test_two_processes_share_what_there_is_to_claim_and_count(
     ids = [f"id{number}" for number in range(300)]
     for id in (*ids, "shared"):
         await store.put(id, FULL)
-    command = [sys.executable, "-c", ANOTHER_PROCESS, redis_service.url, prefix, json.dumps(ids)]
-    processes = [
-        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
-        for name in "ab"
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        told = [json.loads(process.communicate(timeout=15)[0]) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    told = [json.loads(text) for text in two_processes(ANOTHER_PROCESS, redis_service.url, prefix, json.dumps(ids))]
     assert sorted(told[0][0] + told[1][0]) == sorted(ids)
     assert await store.get(ids) == dict.fromkeys(ids, replace(FULL, reported=True))
     reads = sorted(told[0][1] + told[1][1])
