@@ -296,8 +296,8 @@ class GuardrailFailed(ProxyError):
     outcome = "resolver_error"
     message = "What has to check this failed; try again."
 
-    def __init__(self, message: str | None = None) -> None:
-        super().__init__(message, headers=_SOON)
+    def __init__(self, message: str | None = None, *, headers: Headers = _SOON) -> None:
+        super().__init__(message, headers=headers)
 
 
 class Overloaded(ProxyError):

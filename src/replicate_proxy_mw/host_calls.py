@@ -21,6 +21,11 @@ class HostFailed(Exception):
         self.name = name
 
 
+def failure_of(error: Exception) -> str:
+    """What a log may say of what `ask` raised."""
+    return error.name if isinstance(error, HostFailed) else type(error).__name__
+
+
 async def ask(call: Callable[[], Awaitable[T]], *, seconds: float, shield: bool = False) -> T:
     """What `call` returns.
 

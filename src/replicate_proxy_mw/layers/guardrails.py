@@ -170,6 +170,4 @@ def _denial(what: str, denied: Result, hooks: Mapping[str, Any]) -> GuardrailDen
 
 def _for_good(message: str) -> GuardrailFailed:
     """Without the advice to try again."""
-    error = GuardrailFailed(message)
-    error.headers = ()
-    return error
+    return GuardrailFailed(message, headers=())

@@ -15,9 +15,10 @@ import anyio
 from .. import creates, headers, portkey, rereading
 from ..errors import ProxyError, UpstreamAborted
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
-from ..host_calls import HostFailed, ask
+from ..host_calls import HostFailed, ask, failure_of
 from ..json_bodies import asking_for_plain, held, plain_of
 from ..portkey import Caching
+from ..store.ledger import PAID_TIMEOUT
 from ..store.once import MemoryOnceStore, OnceStore
 from ..telemetry import names, prediction
 from ..telemetry.request import current
@@ -25,9 +26,6 @@ from ..telemetry.request import current
 T = TypeVar("T")
 
 logger = logging.getLogger("replicate_proxy_mw")
-
-# Seconds that an answer which is paid waits to be recorded, as for the prediction store.
-PAID_TIMEOUT = 0.4
 
 # Seconds from its end until Replicate deletes input and output of a prediction.
 OUTPUT_LIFETIME = 3600.0
@@ -196,9 +194,6 @@ class _Results:
         seconds = min(self._timeout, PAID_TIMEOUT) if paid else self._timeout
         try:
             return await ask(call, seconds=seconds, shield=paid)
-        except HostFailed as error:
-            failure = error.name
-        except ProxyError as error:
-            failure = type(error).__name__
-        logger.error("the store of results failed: %s", failure)
-        return None
+        except (HostFailed, ProxyError) as error:
+            logger.error("the store of results failed: %s", failure_of(error))
+            return None

@@ -10,19 +10,15 @@ from itertools import chain, repeat
 import anyio
 
 from ..errors import ProxyError, StoreFailed
-from ..host_calls import HostFailed, ask
+from ..host_calls import HostFailed, ask, failure_of
 from ..sharing import SharedCall
+from .ledger import PAID_TIMEOUT, PAUSES
 from .once import KeyedCreate, OnceStore
 
 logger = logging.getLogger("replicate_proxy_mw")
 
-# Seconds that an answer which is paid waits to be recorded, as for the prediction store.
-PAID_TIMEOUT = 0.4
-
-# Seconds between attempts to write what the store did not take.
-PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-
-# And then, for what was not sent: until it is taken back, its key is burnt. The last one again and again.
+# Seconds between attempts after `PAUSES`, for what was not sent: until it is taken back, its key is burnt. The last one
+# again and again.
 LONG_PAUSES = (6.4, 12.8, 25.6)
 
 # Keys that are waited for so long, at a time: a store that is out of order for hours has more.
@@ -56,7 +52,7 @@ class KeyedCreates:
             SharedCall(partial(self._take_back, key, create), to_the_end=True)
             if not isinstance(error, (HostFailed, ProxyError)):
                 raise
-            failure = error.name if isinstance(error, HostFailed) else type(error).__name__
+            failure = failure_of(error)
         logger.error("the store of Idempotency-Keys failed: %s", failure)
         raise StoreFailed("Idempotency-Key: what was sent with it could not be looked up; nothing was sent, try again.")
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import anyio
 
 from ..errors import ProxyError, StoreFailed
-from ..host_calls import HostFailed, ask
+from ..host_calls import HostFailed, ask, failure_of
 from .contract import PredictionStore, StoredPrediction
 from .memory import MemoryPredictionStore
 
@@ -122,9 +122,7 @@ class Ledger:
         seconds = min(self._timeout, PAID_TIMEOUT) if paid else self._timeout
         try:
             return await ask(lambda: f(self._store), seconds=seconds, shield=paid)
-        except HostFailed as error:
-            failure = error.name
-        except ProxyError as error:
-            failure = type(error).__name__
+        except (HostFailed, ProxyError) as error:
+            failure = failure_of(error)
         logger.error("prediction store failed: %s", failure)
         raise StoreFailed()

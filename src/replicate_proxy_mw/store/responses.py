@@ -16,7 +16,7 @@ import hishel
 
 from ..errors import ProxyError
 from ..exchange import Chunks, ProxyResponse
-from ..host_calls import HostFailed, ask
+from ..host_calls import HostFailed, ask, failure_of
 from ..json_bodies import MAX_SIZE
 from ..sharing import OfLoop
 
@@ -196,7 +196,7 @@ class Responses:
         try:
             return await ask(in_turn, seconds=self._timeout, shield=shield)
         except (HostFailed, ProxyError) as error:
-            name = error.name if isinstance(error, HostFailed) else type(error).__name__
+            name = failure_of(error)
         now = time.monotonic()
         if now >= self._silent_until:
             self._silent_until = now + LOG_PAUSE
