@@ -1,1 +1,2 @@
-"""The proxy's own layers, one file each. None imports another; `middleware.py` knows their order."""
+"""Layers, one file each. None imports another. `middleware.py` knows the order of the proxy's own; the others are there
+for hosts to list, and nothing imports them."""

@@ -1,4 +1,5 @@
-"""What is known of predictions beyond a request: whose they are, which span created them, how often they were read."""
+"""What is known beyond a request: of predictions, whose they are, which span created them, how often they were read;
+and what optional layers remember, each in a module of its own."""
 
 from .contract import PredictionStore, StoredPrediction
 from .ledger import Ledger
