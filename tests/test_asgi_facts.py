@@ -25,7 +25,7 @@ from starlette.routing import Mount, Route
 from replicate_proxy_mw import MappingKeyResolver, ProxyConfig, ReplicateProxyMiddleware
 from replicate_proxy_mw.litestar import ReplicateProxyPlugin
 from replicate_proxy_mw.testing import serve
-from replicate_proxy_mw.upstream import BoundedTransport
+from replicate_proxy_mw.upstream import PooledTransport
 from tests.raw_asgi import KEY, TOKEN, Caller, call, host, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream
 
@@ -44,7 +44,7 @@ def _keywords(upstream: str, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.anyio
 async def test_fact_1_cancelled_waiters_lose_no_connection(upstream: RawUpstream) -> None:
-    transport = BoundedTransport(max_connections=5, wait=5)
+    transport = PooledTransport(origin=None, max_connections=5)
     chance = random.Random(1)
 
     async def one() -> None:

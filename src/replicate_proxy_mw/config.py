@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 from urllib.parse import SplitResult, quote, urlsplit
 
@@ -67,6 +68,10 @@ class ProxyConfig:
 
     stream_hosts: Sequence[str] = STREAM_HOSTS
     """Where streams may come from: hosts, or `*.` and a domain, with a port if it has one. No other is proxied."""
+
+    fast: bool = False
+    """Reach Replicate by the transport of the extra `fast`, whose parser is compiled. Not by default, since it is one
+    dependency more."""
 
     connect_timeout: float = 10.0
     """For DNS, TCP and TLS: three lost SYN packets still get through."""
@@ -149,6 +154,8 @@ class ProxyConfig:
                 raise ValueError(f"{option}: must be at least 1")
         if not 0 <= self.safe_retries <= MAX_ATTEMPTS:
             raise ValueError(f"safe_retries: must be from 0 to {MAX_ATTEMPTS}")
+        if self.fast and find_spec("httptools") is None:
+            raise ValueError("fast: needs httptools, of the extra of that name: replicate-proxy-mw[fast]")
         if self.public_url is not None:
             _check_url("public_url", self.public_url)
         if self.proxy_streams and len(self.stream_key or "") < 32:

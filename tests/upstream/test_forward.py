@@ -6,6 +6,8 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from replicate_proxy_mw import ProxyConfig, ProxyRequest, ReplicateKey
 from replicate_proxy_mw.errors import (
@@ -22,6 +24,7 @@ from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.portkey import PortkeyContext
 from replicate_proxy_mw.routing import UNKNOWN
 from replicate_proxy_mw.upstream import Upstream
+from replicate_proxy_mw.upstream.forward import _AS_IT_IS
 from tests.raw_asgi import TOKEN, Arriving
 from tests.raw_upstream import Connection, RawUpstream
 
@@ -89,7 +92,7 @@ async def test_the_wire(upstream: RawUpstream) -> None:
         ("POST", [], 0, [(b"content-length", b"0")], b""),
         ("PATCH", [b"ab", b"c"], 3, [(b"content-length", b"3")], b"abc"),
         ("QUERY", [b"llama"], 5, [(b"content-length", b"5")], b"llama"),
-        ("POST", [b"ab", b"c"], None, [(b"transfer-encoding", b"chunked")], b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"),
+        ("POST", [b"ab", b"c"], None, [(b"transfer-encoding", b"chunked")], b"3\r\nabc\r\n0\r\n\r\n"),
     ],
 )
 async def test_a_body_is_framed_by_us(
@@ -106,6 +109,22 @@ async def test_an_upstream_without_a_path(upstream: RawUpstream) -> None:
     assert upstream.requests[0].line == b"GET /?a=b HTTP/1.1"
 
 
+@given(st.from_regex(_AS_IT_IS, fullmatch=True))
+def test_what_needs_no_encoding_is_what_httpx_leaves(target: str) -> None:
+    assert httpx.URL("https://api.replicate.com/v1" + target).raw_path == b"/v1" + target.encode()
+
+
+@pytest.mark.parametrize(
+    "target", ["/a", "/a/b.c~d_e-f", "/a?b=c&d", "/a%2Fb", "/a/", "/a/../b", "", "?a", '/"a"', "/a?"]
+)
+async def test_targets_go_up_as_httpx_would_send_them(upstream: RawUpstream, target: str) -> None:
+    await _exchange(_to(upstream), _request(target=target))
+    async with httpx.AsyncHTTPTransport() as transport_of_httpx:
+        await _exchange(Upstream(ProxyConfig(upstream=upstream.url), transport_of_httpx), _request(target=target))
+    ours, httpx_s = upstream.requests
+    assert ours.line == httpx_s.line
+
+
 async def test_no_target_leads_to_another_host(upstream: RawUpstream) -> None:
     for target in ("@evil.test/", ".evil.test/x", ":1234/"):
         with pytest.raises(UpstreamFailed):
@@ -113,9 +132,10 @@ async def test_no_target_leads_to_another_host(upstream: RawUpstream) -> None:
 
 
 async def test_long_targets_and_queries_are_not_remembered(upstream: RawUpstream) -> None:
-    transport = _to(upstream)
-    for target in ("/x", "/x", "/x?signature=s", "/" + "x" * 200):
-        await _exchange(transport, _request(target=target))
+    async with httpx.AsyncHTTPTransport() as transport_of_httpx:
+        transport = Upstream(ProxyConfig(upstream=upstream.url), transport_of_httpx)
+        for target in ("/x", "/x", "/x?signature=s", "/" + "x" * 200):
+            await _exchange(transport, _request(target=target))
     assert transport._cached_url.cache_info()[:2] == (1, 1)
     assert [received.line.split()[1] for received in upstream.requests][2:] == [
         b"/v1/x?signature=s",
@@ -218,6 +238,12 @@ async def test_a_failure_within_the_answer(upstream: RawUpstream, script: Any) -
 
 
 async def test_the_wait_for_a_connection(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\no")
+        connection.wait_closed()
+
+    upstream.script = script
     transport = _to(upstream, max_connections=1, connection_wait=0.05)
     held = await transport.forward(_request())
     with pytest.raises(Overloaded) as raised:
@@ -293,11 +319,11 @@ class Given(httpx.AsyncBaseTransport):
 
 
 async def test_a_given_transport_is_used_and_never_closed(upstream: RawUpstream) -> None:
-    given = Given()
-    transport = Upstream(ProxyConfig(upstream=upstream.url), given)
+    own = Given()
+    transport = Upstream(ProxyConfig(upstream=upstream.url), own)
     assert await _exchange(transport, _request()) == b"{}"
-    assert (given.requests, given.closed) == (1, False)
-    await given.aclose()
+    assert (own.requests, own.closed) == (1, False)
+    await own.aclose()
 
 
 async def test_a_transport_of_its_own_is_opened_again_after_closing(upstream: RawUpstream) -> None:

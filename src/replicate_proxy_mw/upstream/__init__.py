@@ -1,6 +1,6 @@
-"""The way to Replicate: one origin, any `httpx.AsyncBaseTransport`."""
+"""The way to Replicate: one origin, a transport of our own or any `httpx.AsyncBaseTransport`."""
 
 from .forward import Answer, Upstream, classify
-from .transport import BoundedTransport
+from .transport import PooledTransport
 
-__all__ = ["Answer", "BoundedTransport", "Upstream", "classify"]
+__all__ = ["Answer", "PooledTransport", "Upstream", "classify"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterable, AsyncIterator
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
-from uuid import uuid4
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import httpx
-from anyio.lowlevel import RunVar
 
 from .. import headers
 from ..config import ProxyConfig
@@ -22,10 +22,21 @@ from ..errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from ..exchange import ProxyRequest, ProxyResponse
-from .transport import BoundedTransport
+from ..event_loops import OfLoop
+from ..exchange import Chunks, ProxyRequest, ProxyResponse, nothing_to_close
+from .contract import ResponseBody
+from .transport import PooledTransport
+
+if TYPE_CHECKING:
+    from .fast import FastTransport
+
+    _Own = PooledTransport | FastTransport
 
 logger = logging.getLogger("replicate_proxy_mw")
+
+# A target that httpx would send as it stands.
+_AS_IT_IS = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+(?:\?[A-Za-z0-9._~=&-]+)?")
+_LONG = 2048
 
 
 class Upstream:
@@ -36,11 +47,11 @@ class Upstream:
     """
 
     def __init__(self, config: ProxyConfig, transport: httpx.AsyncBaseTransport | None) -> None:
-        self._config = config
+        self._upstream = config.upstream
         self._given = transport
-        # anyio before 4.10 tells them apart by name alone.
-        self._opened: RunVar[httpx.AsyncBaseTransport | None] = RunVar(f"replicate_proxy_mw.transport.{uuid4()}", None)
+        self._opened = OfLoop(partial(_open, config))
         self._origin = httpx.URL(config.upstream)
+        self._base = self._origin.raw_path.rstrip(b"/")
         self._host = (b"host", self._origin.netloc)
         self._cached_url = lru_cache(maxsize=1024)(self._parse)
         self._return_headers = frozenset(name.lower().encode() for name in config.return_headers)
@@ -51,13 +62,19 @@ class Upstream:
             "pool": config.connection_wait,
         }
 
+    def _raw_target(self, target: str) -> bytes:
+        """Path and query as they are sent; what httpx would encode otherwise is left to it."""
+        if len(target) < _LONG and _AS_IT_IS.fullmatch(target):
+            return self._base + target.encode()
+        return self._url(target).raw_path
+
     def _url(self, target: str) -> httpx.URL:
         # Parsing costs as much as sending; long targets would fill the memory, and queries may hold signatures.
         return self._parse(target) if len(target) > 128 or "?" in target else self._cached_url(target)
 
     def _parse(self, target: str) -> httpx.URL:
         try:
-            url = httpx.URL(self._config.upstream + target)
+            url = httpx.URL(self._upstream + target)
         except httpx.InvalidURL:
             raise BadRequest("The target is too long for a URL, or is none.") from None
         # Targets are checked before; this is the last look before the token goes out.
@@ -65,19 +82,9 @@ class Upstream:
             raise UpstreamFailed()
         return url
 
-    def _transport(self) -> httpx.AsyncBaseTransport:
-        if self._given is not None:
-            return self._given
-        opened = self._opened.get()
-        if opened is None:
-            config = self._config
-            opened = BoundedTransport(max_connections=config.max_connections, wait=config.connection_wait)
-            self._opened.set(opened)
-        return opened
-
     async def send(self, request: httpx.Request) -> httpx.Response:
         """Send a request that is not for the API, and so without a token."""
-        return await self._transport().handle_async_request(request)
+        return await (self._given or self._opened.get()).handle_async_request(request)
 
     async def forward(self, request: ProxyRequest) -> ProxyResponse:
         """Send `request` once and return as soon as the head of the answer is there.
@@ -86,44 +93,91 @@ class Upstream:
             UpstreamUnreachable, Overloaded: not one byte was sent.
             UpstreamTimeout, UpstreamFailed: it may have been received, and is not sent again.
         """
-        url = self._url(request.target)
-        answer = await self._sent(request, url)
+        if self._given is None:
+            answer = await self._exchanged(self._opened.get(), request, self._raw_target(request.target))
+        else:
+            answer = await self._sent(self._given, request, self._url(request.target))
         if isinstance(answer, ProxyError):
             raise answer
+        if isinstance(answer.body, Answer):
+            # Whatever the layers do with it.
+            request.opened.append(answer.body)
         return answer
 
-    async def _sent(self, request: ProxyRequest, url: httpx.URL) -> ProxyResponse | ProxyError:
-        """Errors are returned: the traceback of one that is raised would show the token, and so would the transport's
-        own as its context."""
-        sent = headers.with_token((self._host, *_framing(request), *request.headers), request.key)
+    # Both return errors: the traceback of one that is raised would show the token, and so would the transport's own as
+    # its context.
+
+    async def _exchanged(self, transport: _Own, request: ProxyRequest, target: bytes) -> ProxyResponse | ProxyError:
+        sent = self._headers(request)
+        # What is derived from it wants to know when its reading begins, which is when there is a connection.
+        body = request.body.at_hand if type(request.body) is Chunks else None
+        try:
+            received = await transport.exchange(
+                request.method, target, sent, request.body if body is None else body, self.timeout
+            )
+        except Exception as error:
+            return error.with_traceback(None) if isinstance(error, ProxyError) else classify(error)
+        if isinstance(received.body, bytes):
+            return self._answer(received.status, received.headers, Chunks((received.body,)), nothing_to_close)
+        answer = Answer(received.body)
+        return await self._open_answer(received.status, received.headers, answer)
+
+    async def _sent(
+        self, transport: httpx.AsyncBaseTransport, request: ProxyRequest, url: httpx.URL
+    ) -> ProxyResponse | ProxyError:
+        """By a transport that knows httpx's contract alone."""
+        sent = self._headers(request)
         body = _NoBody() if request.content_length == 0 else _Body(request.body)
         try:
-            response = await self._transport().handle_async_request(
+            response = await transport.handle_async_request(
                 httpx.Request(request.method, url, headers=sent, stream=body, extensions={"timeout": self.timeout})
             )
         except Exception as error:
             return error.with_traceback(None) if isinstance(error, ProxyError) else classify(error)
-        return await self._answer(response)
-
-    async def _answer(self, response: httpx.Response) -> ProxyResponse | ProxyError:
         assert isinstance(response.stream, httpx.AsyncByteStream)
-        body = Answer(response.stream)
-        try:
-            # Servers drop the connection when they are asked to send another status, and 101 was not asked for.
-            if not 200 <= response.status_code < 600:
-                raise UpstreamFailed()
-            kept = headers.down(response.headers.raw, response.status_code, self._return_headers)
-        except ProxyError as error:
+        return await self._open_answer(response.status_code, response.headers.raw, Answer(response.stream))
+
+    def _headers(self, request: ProxyRequest) -> list[tuple[bytes, bytes]]:
+        return headers.with_token((self._host, *_framing(request), *request.headers), request.key)
+
+    async def _open_answer(
+        self, status: int, raw: Sequence[tuple[bytes, bytes]], body: Answer
+    ) -> ProxyResponse | ProxyError:
+        answer = self._answer(status, raw, body, body.aclose)
+        if isinstance(answer, ProxyError):
             await body.aclose()
+        return answer
+
+    def _answer(
+        self,
+        status: int,
+        raw: Sequence[tuple[bytes, bytes]],
+        body: AsyncIterable[bytes],
+        aclose: Callable[[], Awaitable[None]],
+    ) -> ProxyResponse | ProxyError:
+        # Servers drop the connection when they are asked to send another status, and 101 was not asked for.
+        if not 200 <= status < 600:
+            return UpstreamFailed()
+        try:
+            kept = headers.down(raw, status, self._return_headers)
+        except ProxyError as error:
             return error.with_traceback(None)
-        return ProxyResponse(status=response.status_code, headers=kept, body=body, aclose=body.aclose)
+        return ProxyResponse(status=status, headers=kept, body=body, aclose=aclose)
 
     async def aclose(self) -> None:
         """Close what was opened in this event loop. A given transport stays its owner's."""
-        opened = self._opened.get()
+        opened = self._opened.take()
         if opened is not None:
-            self._opened.set(None)
             await opened.aclose()
+
+
+def _open(config: ProxyConfig) -> _Own:
+    if config.fast:
+        # Of an extra, which need not be there.
+        from .fast import FastTransport
+
+        return FastTransport(origin=config.upstream, max_connections=config.max_connections)
+    return PooledTransport(origin=config.upstream, max_connections=config.max_connections)
 
 
 def _framing(request: ProxyRequest) -> tuple[tuple[bytes, bytes], ...]:
@@ -168,9 +222,10 @@ class _Body(httpx.AsyncByteStream):
 class Answer:
     """The answer's body, undecoded. Whatever ends it too early is one exception that says nothing of the wire."""
 
-    def __init__(self, stream: httpx.AsyncByteStream) -> None:
+    def __init__(self, stream: httpx.AsyncByteStream | ResponseBody) -> None:
         self._stream = stream
         self._chunks = stream.__aiter__()
+        self._closed = False
 
     def __aiter__(self) -> Answer:
         return self
@@ -185,6 +240,9 @@ class Answer:
         raise UpstreamAborted()
 
     async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         # A generator that is left half-way is closed late, and warned of under trio.
         for part in (self._chunks, self._stream):
             with suppress(Exception):
