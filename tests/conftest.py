@@ -7,6 +7,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from replicate_proxy_mw import ingress
 from tests.raw_upstream import RawUpstream
 
 pytest_plugins = ["replicate_proxy_mw.testing.pytest_plugin", "tests.services"]
@@ -15,6 +16,12 @@ pytest_plugins = ["replicate_proxy_mw.testing.pytest_plugin", "tests.services"]
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_patience() -> None:
+    """Callers leave in hundreds of tests; servers in processes of their own wait as long as everywhere."""
+    ingress.PATIENCE = 0.01
 
 
 @pytest.fixture

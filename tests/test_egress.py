@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from replicate_proxy_mw import ProxyResponse
-from replicate_proxy_mw.egress import Reply, complete, render
+from replicate_proxy_mw.egress import ONE_MESSAGE, Reply, complete, render
 from replicate_proxy_mw.errors import ClientDisconnected, GuardrailDenied, KeyMissing, RequestTimeout
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.waiting import Waiting
@@ -27,9 +27,25 @@ def _response(*chunks: bytes, status: int = 200) -> ProxyResponse:
 async def test_chunks_leave_one_by_one() -> None:
     caller = Caller()
     reply = _reply(caller)
-    await reply.relay(_response(b"a", b"bc"))
+    response = ProxyResponse(status=200, headers=((b"etag", b"1"),), body=Arriving([b"a", b"bc"]))
+    await reply.relay(response)
     assert (caller.status, caller.headers, caller.chunks) == (200, [(b"etag", b"1")], [b"a", b"bc"])
     assert (reply.status, reply.size, reply.complete, caller.complete) == (200, 3, True, True)
+
+
+@pytest.mark.parametrize(("size", "messages"), [(0, 1), (1, 1), (ONE_MESSAGE, 1), (ONE_MESSAGE + 1, 2)])
+async def test_a_short_body_at_hand_leaves_in_the_last_message(size: int, messages: int) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    reply = Reply(send, method="GET")
+    await reply.relay(_response(b"a" * size))
+    bodies = sent[1:]
+    assert [len(message["body"]) for message in bodies] == [size, 0][:messages]
+    assert [message["more_body"] for message in bodies] == [True, False][2 - messages :]
+    assert (reply.size, reply.is_ending(), reply.complete) == (size, True, True)
 
 
 async def test_a_middleware_around_us_may_add_headers() -> None:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
 import pytest
 
+from replicate_proxy_mw import ingress
 from replicate_proxy_mw.errors import BadRequest, ClientDisconnected, ProxyError
+from replicate_proxy_mw.event_loops import asyncio_task
 from replicate_proxy_mw.ingress import AHEAD, RequestBody, while_connected
 from replicate_proxy_mw.waiting import Waiting
 from tests.raw_asgi import Caller
@@ -275,6 +277,105 @@ def test_a_task_that_work_waited_for_and_that_was_cancelled_is_a_failure(caplog:
 
     asyncio.run(main())
     assert "cancelled by what it waited for" in caplog.text
+
+
+async def test_nobody_looks_out_for_the_caller_of_an_exchange_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "PATIENCE", 60)
+    caller = Caller()
+    body = _body(caller)
+    await body.begin()
+    caller.left.set()
+
+    async def relay() -> None:
+        await anyio.sleep(0.1)
+
+    if asyncio_task() is None:
+        with pytest.raises(ClientDisconnected):
+            await while_connected(body, relay, ending=_not_yet)
+    else:
+        await while_connected(body, relay, ending=_not_yet)
+    assert body.disconnected == (asyncio_task() is None)
+
+
+async def test_an_upload_is_read_from_the_first_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "PATIENCE", 60)
+    body = _body(Caller([b"a", b"b"]))
+    await body.begin()
+
+    async def relay() -> None:
+        assert await _all(body) == [b"a", b"b"]
+
+    await while_connected(body, relay, ending=_not_yet)
+
+
+class Asyncio:
+    """Cases of asyncio alone: what cancels a task there, and how often."""
+
+    def __init__(self) -> None:
+        self.caller = Caller()
+        self.body = _body(self.caller)
+        self.is_left = asyncio.Event()
+
+    async def exchange(self) -> None:
+        await self.body.begin()
+        await while_connected(self.body, self.relay, ending=_not_yet)
+
+    async def relay(self) -> None:
+        self.caller.left.set()
+        try:
+            await asyncio.sleep(10)
+        finally:
+            self.is_left.set()
+
+
+def test_a_caller_who_left_leaves_the_host_s_task_uncancelled() -> None:
+    async def main() -> None:
+        with pytest.raises(ClientDisconnected):
+            await Asyncio().exchange()
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_who_cancels_the_host_s_task_while_the_caller_leaves_is_obeyed() -> None:
+    async def main() -> None:
+        case = Asyncio()
+
+        async def relay() -> None:
+            case.caller.left.set()
+            try:
+                await asyncio.sleep(10)
+            finally:
+                exchange.cancel()
+                await asyncio.sleep(10)
+
+        case.relay = relay  # type: ignore[method-assign]
+        exchange = asyncio.create_task(case.exchange())
+        with pytest.raises(asyncio.CancelledError):
+            await exchange
+        assert exchange.cancelled()
+
+    asyncio.run(main())
+
+
+def test_an_exchange_that_does_not_let_itself_be_cancelled_goes_on() -> None:
+    async def main() -> None:
+        case = Asyncio()
+
+        async def relay() -> None:
+            with suppress(asyncio.CancelledError):
+                await Asyncio.relay(case)
+
+        case.relay = relay  # type: ignore[method-assign]
+        await case.exchange()
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    asyncio.run(main())
 
 
 class Watched(Waiting):

@@ -20,7 +20,7 @@ from anyio.lowlevel import checkpoint
 from replicate_proxy_mw import ending, sharing
 from replicate_proxy_mw.errors import LimitExceeded, ProxyError, UpstreamAborted, UpstreamFailed
 from replicate_proxy_mw.exchange import ProxyRequest, ProxyResponse
-from replicate_proxy_mw.sharing import OfLoop, SharedCall, forwarded_apart
+from replicate_proxy_mw.sharing import SharedCall, forwarded_apart
 from tests.raw_asgi import Arriving
 from tests.requests import request_of
 
@@ -334,23 +334,6 @@ def test_two_event_loops_in_two_threads(backends: tuple[str, str]) -> None:
         thread.join()
     assert failures == []
     assert sharing._tasks == set()
-
-
-# --- a value
-
-
-def test_each_event_loop_has_one_of_its_own() -> None:
-    of_loop: OfLoop[list[object]] = OfLoop(list)
-    other: OfLoop[list[object]] = OfLoop(list)
-
-    async def main() -> list[object]:
-        value = of_loop.get()
-        assert of_loop.get() is value
-        assert other.get() is not value
-        value.append(1)
-        return value
-
-    assert [anyio.run(main, backend=backend) for backend in [*BACKENDS, *BACKENDS]] == [[1]] * 4
 
 
 # --- apart from the exchange

@@ -133,7 +133,7 @@ class _Watched(Chunks):
         return super().__aiter__()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class WatchedRequest(ProxyRequest):
     """A request whose body is watched, whichever one layers put in by `replace`; what they make anew is not."""
 
@@ -141,7 +141,7 @@ class WatchedRequest(ProxyRequest):
 
     def __post_init__(self) -> None:
         if not isinstance(self.body, _Watched):
-            object.__setattr__(self, "body", _Watched(self.body, self.watch))
+            self.body = _Watched(self.body, self.watch)
 
 
 def watched(request: ProxyRequest) -> WatchedRequest:

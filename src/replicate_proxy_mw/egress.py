@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING
 
 from . import portkey
 from .errors import ClientDisconnected, ProxyError
-from .exchange import ProxyResponse
+from .exchange import Chunks, ProxyResponse
 from .waiting import Waiting
 
 if TYPE_CHECKING:
     from asgiref.typing import ASGISendCallable, HTTPResponseBodyEvent, HTTPResponseStartEvent
+
+
+# Bytes that servers take without waiting for the caller, so that they may be the last message.
+ONE_MESSAGE = 1 << 16
 
 
 class Reply:
@@ -34,6 +38,9 @@ class Reply:
         self.complete = False
         self.waiting: Waiting | None = None
 
+    def is_ending(self) -> bool:
+        return self.ending
+
     async def relay(self, response: ProxyResponse) -> None:
         """Send `response` chunk by chunk; each waits until the server takes it.
 
@@ -48,12 +55,17 @@ class Reply:
         }
         self.status = response.status
         await self._out(start)
+        chunk = b""
         if not self._bodiless:
-            async for chunk in response.body:
-                self.size += len(chunk)
-                await self._out({"type": "http.response.body", "body": chunk, "more_body": True})
+            if (at_hand := _short(response.body)) is None:
+                async for chunk in response.body:
+                    self.size += len(chunk)
+                    await self._out({"type": "http.response.body", "body": chunk, "more_body": True})
+            chunk = at_hand or b""
+            del at_hand  # exceptions show the locals of their frames
+        self.size += len(chunk)
         self.ending = True
-        await self._out({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._out({"type": "http.response.body", "body": chunk, "more_body": False})
         self.complete = True
 
     async def _out(self, message: HTTPResponseStartEvent | HTTPResponseBodyEvent) -> None:
@@ -67,6 +79,12 @@ class Reply:
             raise ClientDisconnected() from None
 
 
+def _short(body: AsyncIterable[bytes]) -> bytes | None:
+    """A body that can be the last message."""
+    at_hand = body.at_hand if isinstance(body, Chunks) else None
+    return at_hand if at_hand is not None and len(at_hand) <= ONE_MESSAGE else None
+
+
 # Methods that may be repeated without doing anything twice (RFC 9110, section 9.2.2; QUERY is safe).
 IDEMPOTENT = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PUT", "QUERY"))
 
@@ -78,20 +96,28 @@ def complete(response: ProxyResponse, *, method: str, trace_id: str) -> ProxyRes
     been received. Portkey's SDK for Python fails without a content type even at a 204, the one for Node with a JSON
     type there; with parameters after `text/event-stream` the former takes a stream for JSON.
     """
-    sent = dict(reversed(response.headers))
-    content_type = sent.get(b"content-type", b"")
-    headers = [pair for pair in response.headers if pair[0] not in (b"content-type", b"x-should-retry")]
-    if content_type.partition(b";")[0].strip().lower() == b"text/event-stream":
+    content_type, bodiless = b"", response.status == 204
+    headers: list[tuple[bytes, bytes]] = [(b"content-type", b"")]
+    for pair in response.headers:
+        name, value = pair
+        if name == b"content-type":
+            content_type = content_type or value
+        elif name != b"x-should-retry":
+            headers.append(pair)
+            bodiless = bodiless or (name == b"content-length" and value == b"0")
+    if b"event-stream" in content_type.lower() and _media_type(content_type) == b"text/event-stream":
         content_type = b"text/event-stream"
     elif not content_type and response.status != 304:
-        bodiless = response.status == 204 or sent.get(b"content-length") == b"0"
         content_type = b"text/plain" if bodiless else b"application/octet-stream"
-    if content_type:
-        headers.insert(0, (b"content-type", content_type))
+    headers[0:1] = [(b"content-type", content_type)] if content_type else []
     if (response.status >= 500 or response.status in (408, 409)) and method not in IDEMPOTENT:
         headers.append((b"x-should-retry", b"false"))
-    headers += portkey.answer(trace_id=trace_id, sent=sent)
-    return replace(response, headers=tuple(headers))
+    headers += portkey.answer(trace_id=trace_id, sent={name for name, _ in headers})
+    return ProxyResponse(status=response.status, headers=tuple(headers), body=response.body, aclose=response.aclose)
+
+
+def _media_type(content_type: bytes) -> bytes:
+    return content_type.partition(b";")[0].strip().lower()
 
 
 def render(error: ProxyError, *, request_id: str) -> ProxyResponse:

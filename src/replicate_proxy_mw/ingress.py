@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from .errors import BadRequest, ClientDisconnected, ProxyError
+from .event_loops import asyncio_task
 from .waiting import Waiting
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ logger = logging.getLogger("replicate_proxy_mw")
 
 # Messages held while nobody takes them: so many a caller may have sent before its departure goes unnoticed.
 AHEAD = 2
+
+# Seconds that an exchange may take before anybody looks out for its caller: what is left upstream by a caller who
+# leaves sooner ends as soon as it would have.
+PATIENCE = 0.25
 
 
 class RequestBody:
@@ -43,7 +49,7 @@ class RequestBody:
         self._more = True
         self._reading: object | None = None
         self._abandoned = False
-        self._changed = anyio.Event()
+        self._changed: anyio.Event | None = None
         self._mismatch: BadRequest | None = None
         self.size = 0
         self.disconnected = False
@@ -62,20 +68,26 @@ class RequestBody:
             ClientDisconnected: there is nobody to read from.
         """
         self._declared = declared
-        with self.waiting or nullcontext():
+        if self.waiting is None:
             await self._read()
+        else:
+            with self.waiting:
+                await self._read()
         if self.disconnected:
             raise ClientDisconnected()
         if self._mismatch is not None:
             raise self._mismatch
 
+    @property
+    def complete(self) -> bool:
+        """All of it has come."""
+        return not self._more
+
     def whole(self) -> bytes | None:
         """A body that came with the first message, which is then read; else None."""
         if self._more:
             return None
-        chunks = b"".join(self._chunks)
-        self._chunks.clear()
-        return chunks
+        return self._chunks.popleft() if self._chunks else b""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return _Reading(self)
@@ -99,7 +111,7 @@ class RequestBody:
             if not self._more:
                 raise StopAsyncIteration
             with self.waiting or nullcontext():
-                await self._changed.wait()
+                await self._change()
         chunk = self._chunks.popleft()
         self._notify()
         return chunk
@@ -114,7 +126,7 @@ class RequestBody:
         """Read on until the caller has left: then True. False if the host does not let us read on."""
         while not self.disconnected:
             while self._more and len(self._chunks) >= AHEAD:
-                await self._changed.wait()
+                await self._change()
             try:
                 await self._read()
             except Exception:
@@ -144,9 +156,14 @@ class RequestBody:
     def _fits(self, declared: int) -> bool:
         return self.size <= declared if self._more else self.size == declared
 
+    async def _change(self) -> None:
+        self._changed = self._changed or anyio.Event()
+        await self._changed.wait()
+
     def _notify(self) -> None:
-        changed, self._changed = self._changed, anyio.Event()
-        changed.set()
+        changed, self._changed = self._changed, None
+        if changed is not None:
+            changed.set()
 
 
 class _Reading:
@@ -170,13 +187,75 @@ async def while_connected(
     Servers report a departure as soon as an answer is complete, hypercorn while it still sends the last message: to
     cancel it then would leave its connection open.
 
-    Both run as children of one task group: a relay in the host's own task leaks its connection when that task is
-    cancelled twice. What it raises leaves bare, since a host's handlers do not look into exception groups.
+    On asyncio nobody looks out for the departure until that has taken `PATIENCE`, unless the body is still on its way:
+    most answers are there sooner, and a task costs as much as the rest of the exchange.
 
     Raises:
         ClientDisconnected: the caller left before `relay` was done.
         ProxyError: `relay` was cancelled by something that it waited for.
     """
+    task = asyncio_task()
+    await (_in_group(body, relay, ending) if task is None else _in_task(task, body, relay, ending))
+
+
+async def _in_task(
+    task: asyncio.Task[Any], body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool]
+) -> None:
+    cancelled_before = task.cancelling()
+    # Not the task itself is cancelled: what layers shield, such as the record of what is paid, is shielded by anyio.
+    scope = anyio.CancelScope()
+    lookout = _Lookout(scope, body, ending)
+    try:
+        with scope:
+            await relay()
+            return
+    except asyncio.CancelledError:
+        if task.cancelling() > cancelled_before:
+            raise
+    except Exception:
+        if not body.disconnected:
+            raise
+    finally:
+        await lookout.end()
+    # Not within `except`: what it caught would be told as the context of these.
+    if body.disconnected:
+        raise ClientDisconnected()
+    logger.error("request failed: a layer was cancelled by what it waited for")
+    raise ProxyError()
+
+
+class _Lookout:
+    """Cancels `scope` when the caller has left."""
+
+    __slots__ = ("_body", "_ending", "_loop", "_scope", "_timer", "_watching")
+
+    def __init__(self, scope: anyio.CancelScope, body: RequestBody, ending: Callable[[], bool]) -> None:
+        self._scope, self._body, self._ending = scope, body, ending
+        self._loop = asyncio.get_running_loop()
+        self._watching: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if body.complete:
+            self._timer = self._loop.call_later(PATIENCE, self._begin)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._watching = self._loop.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        if await self._body.watch() and not self._ending():
+            self._scope.cancel()
+
+    async def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._watching is not None and not self._watching.done():
+            self._watching.cancel()
+            await asyncio.wait((self._watching,))
+
+
+async def _in_group(body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool]) -> None:
+    """The same off asyncio."""
     failures: list[BaseException] = []
     done = False
 
@@ -205,7 +284,5 @@ async def while_connected(
         return
     if body.disconnected:
         raise ClientDisconnected()
-    if not failures:
-        logger.error("request failed: a layer was cancelled by what it waited for")
-        raise ProxyError()
+    # What it raises leaves bare, since a host's handlers do not look into exception groups.
     raise failures.pop()

@@ -13,11 +13,8 @@ from urllib.parse import unquote
 from . import ending, headers, portkey, routing
 from .config import ProxyConfig
 from .egress import Reply, complete, render
-from .endpoints import stream_urls
-from .endpoints.streams import StreamEndpoint
-from .endpoints.webhooks import OnWebhook, WebhookEndpoint
 from .errors import BadRequest, ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
-from .exchange import Chunks, Forward, Layer, ProxyRequest, ProxyResponse
+from .exchange import Chunks, Layer, Opened, ProxyRequest, nothing_to_close
 from .ingress import RequestBody, while_connected
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
@@ -31,13 +28,17 @@ from .layers.unwrap import unwrap_data
 from .layers.whole import whole_answers
 from .policy import permit
 from .store import Ledger, MemoryPredictionStore, PredictionStore
-from .telemetry import Prices, Redact, RequestSpan, Telemetry
+from .telemetry import Redact, RequestSpan, Telemetry
 from .upstream import Upstream
 
 if TYPE_CHECKING:
     import httpx
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
+
+    from .endpoints.streams import StreamEndpoint
+    from .endpoints.webhooks import OnWebhook, WebhookEndpoint
+    from .telemetry import Prices
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -46,7 +47,9 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 # An endpoint of our own: what it does for a request before it is watched, and then. The path is handed over, not bound:
 # that of a stream may be read by whoever has it, and a traceback shows what is bound.
-_Own = Callable[[Mapping[str, Any], str, RequestBody, Reply, RequestSpan], Awaitable[Callable[[], Awaitable[None]]]]
+_Own = Callable[
+    [Mapping[str, Any], str, RequestBody, Reply, RequestSpan, list[Opened]], Awaitable[Callable[[], Awaitable[None]]]
+]
 
 _CLOSING = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 
@@ -112,7 +115,7 @@ class ReplicateProxyMiddleware:
         self._stream_hosts = Upstream(replace(config, max_connections=config.max_streams), transport)
         self._streams = self._stream_endpoint()
         self._webhooks = self._webhook_endpoint(on_webhook, ledger)
-        self._forward = _opening(self._telemetry.attempts(self._upstream.forward))
+        self._forward = self._telemetry.attempts(self._upstream.forward)
         for layer in reversed(self._layers(layers, ledger)):
             self._forward = layer(self._forward)
 
@@ -120,6 +123,8 @@ class ReplicateProxyMiddleware:
         config = self._config
         if not config.proxy_streams or config.stream_key is None:
             return None
+        from .endpoints.streams import StreamEndpoint  # here, since few hosts have it
+
         return StreamEndpoint(
             key=config.stream_key,
             lifetime=config.stream_lifetime,
@@ -134,6 +139,8 @@ class ReplicateProxyMiddleware:
             if on_webhook is not None:
                 raise ValueError("on_webhook: needs webhook_secrets, since strangers can send to it")
             return None
+        from .endpoints.webhooks import WebhookEndpoint  # here, since few hosts have it
+
         return WebhookEndpoint(
             secrets=config.webhook_secrets,
             on_event=on_webhook,
@@ -171,7 +178,8 @@ class ReplicateProxyMiddleware:
                     try:
                         await self._exchange(scope, below, body, reply, afterwards, repaired=repaired)
                     finally:
-                        await ending.run(afterwards)
+                        if afterwards:
+                            await ending.run(afterwards)
                     return
         elif scope["type"] == "lifespan":
             send = self._closing(send)
@@ -216,16 +224,19 @@ class ReplicateProxyMiddleware:
         with self._telemetry.request(scope, route, afterwards) as span:
             body.waiting = reply.waiting = span.waiting
             failure: Exception | None = None
+            opened: list[Opened] = []
             try:
                 if own is not None:
-                    relay = await own(scope, path, body, reply, span)
+                    relay = await own(scope, path, body, reply, span, opened)
                 else:
-                    request = await self._admit(scope, path, route, body, span, afterwards)
-                    request = replace(request, repaired_path=repaired) if repaired else request
+                    request = await self._admit(scope, path, route, body, span, opened, afterwards, repaired)
                     relay = partial(self._relay, request, body, reply, span.id)
-                await while_connected(body, relay, ending=lambda: reply.ending)
+                await while_connected(body, relay, ending=reply.is_ending)
             except Exception as error:
                 failure = error
+            finally:
+                if opened:
+                    await ending.close(opened)
             try:
                 # Not within `except`: what the server's `send` raises would carry it along as its context.
                 if failure is not None:
@@ -236,7 +247,7 @@ class ReplicateProxyMiddleware:
 
     def _route(self, scope: Mapping[str, Any], path: str) -> tuple[routing.Route, _Own | None]:
         """Where a request goes, and what answers it if that is not Replicate's API."""
-        if self._streams is not None and stream_urls.is_meant(path):
+        if self._streams is not None and self._streams.is_meant(path):
             return routing.STREAM, partial(self._stream, self._streams)
         if self._webhooks is not None and path == routing.WEBHOOK.template:
             return routing.WEBHOOK, partial(self._webhook, self._webhooks)
@@ -249,7 +260,9 @@ class ReplicateProxyMiddleware:
         route: routing.Route,
         body: RequestBody,
         span: RequestSpan,
+        opened: list[Opened],
         afterwards: list[Callable[[], Awaitable[None]]],
+        repaired: bool,
     ) -> ProxyRequest:
         """All that is decided before anything goes up. The key is resolved before a byte of body is read, so that a
         refusal costs the caller no upload."""
@@ -298,20 +311,22 @@ class ReplicateProxyMiddleware:
             key=key,
             portkey=caller,
             scope=scope,
+            repaired_path=repaired,
             traceparent=span.traceparent,
             notes=span.notes,
             afterwards=afterwards,
+            opened=opened,
         )
 
     async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply, request_id: str) -> None:
-        try:
-            response = await self._forward(request)
+        response = await self._forward(request)
+        closing = getattr(response.aclose, "__self__", response)
+        if response.aclose is not nothing_to_close and closing not in request.opened:
+            # Of a layer's own making: what has come from Replicate is there already.
             request.opened.append(response)
-            body.abandon()
-            trace_id = request.portkey.trace_id or request_id
-            await reply.relay(complete(response, method=request.method, trace_id=trace_id))
-        finally:
-            await ending.close(request.opened)
+        body.abandon()
+        trace_id = request.portkey.trace_id or request_id
+        await reply.relay(complete(response, method=request.method, trace_id=trace_id))
 
     async def _stream(
         self,
@@ -321,6 +336,7 @@ class ReplicateProxyMiddleware:
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,
+        opened: list[Opened],
     ) -> Callable[[], Awaitable[None]]:
         await body.begin()
         body.abandon()
@@ -337,10 +353,8 @@ class ReplicateProxyMiddleware:
                 port=stream.url.port or 443,
                 prediction_id=stream.id,
             )
-            try:
-                await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
-            finally:
-                await ending.close([response])
+            opened.append(response)
+            await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
 
         return relay
 
@@ -352,6 +366,7 @@ class ReplicateProxyMiddleware:
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,
+        _opened: list[Opened],
     ) -> Callable[[], Awaitable[None]]:
         await body.begin(headers.length(scope["headers"]))
 
@@ -381,23 +396,3 @@ class ReplicateProxyMiddleware:
             answer, trace_id = render(error, request_id=span.id), (span.portkey and span.portkey.trace_id) or span.id
             with suppress(ClientDisconnected):
                 await reply.relay(complete(answer, method=scope["method"], trace_id=trace_id))
-
-
-def _opening(forward: Forward) -> Forward:
-    """The step below all layers: what is opened here is closed with the exchange, whatever the layers do with it."""
-
-    async def opened(request: ProxyRequest) -> ProxyResponse:
-        response = await forward(request)
-        closed = False
-
-        async def aclose() -> None:
-            nonlocal closed
-            if not closed:
-                closed = True
-                await response.aclose()
-
-        response_to_close = replace(response, aclose=aclose)
-        request.opened.append(response_to_close)
-        return response_to_close
-
-    return opened

@@ -8,10 +8,8 @@ from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
-from uuid import uuid4
 
 import anyio
-from anyio.lowlevel import RunVar
 
 from . import ending
 from .errors import ProxyError, UpstreamAborted, UpstreamFailed
@@ -22,25 +20,6 @@ T = TypeVar("T")
 
 # An event loop keeps no task alive that nobody refers to.
 _tasks: set[asyncio.Task[None]] = set()
-
-
-class OfLoop(Generic[T]):
-    """One value for each event loop, made when it is first asked for: events wake only those of their own loop.
-
-    Args:
-        make: makes one.
-    """
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        # anyio before 4.10 tells variables apart by name alone.
-        self._make, self._value = make, RunVar[T](f"replicate_proxy_mw.{uuid4()}")
-
-    def get(self) -> T:
-        try:
-            return self._value.get()
-        except LookupError:
-            self._value.set(value := self._make())
-            return value
 
 
 class SharedCall(Generic[T]):

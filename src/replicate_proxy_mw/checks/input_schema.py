@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import anyio
 
-from ..sharing import OfLoop
+from ..event_loops import OfLoop
 from .contract import ALLOW, Check, Checked, Verdict
 from .json_schema import errors, plain
 from .threads import in_thread

@@ -8,7 +8,7 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from ..sharing import OfLoop
+from ..event_loops import OfLoop
 
 T = TypeVar("T")
 

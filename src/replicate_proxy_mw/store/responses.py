@@ -15,10 +15,10 @@ import anyio
 import hishel
 
 from ..errors import ProxyError
+from ..event_loops import OfLoop
 from ..exchange import Chunks, ProxyResponse
 from ..host_calls import HostFailed, ask, failure_of
 from ..json_bodies import MAX_SIZE
-from ..sharing import OfLoop
 
 T = TypeVar("T")
 Pairs = Sequence[tuple[str, str]]
