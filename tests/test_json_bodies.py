@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from replicate_proxy_mw import ProxyRequest, ProxyResponse, ReplicateKey, json_bodies, portkey, routing
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.headers import HeaderList
-from replicate_proxy_mw.json_bodies import MAX_SIZE, elements, held, id_of, is_readable, members, plain_of
+from replicate_proxy_mw.json_bodies import MAX_SIZE, elements, held, id_of, is_readable, is_rest, members, plain_of
 from tests.raw_asgi import KEY, TOKEN, http_scope
 
 JSON = (b"content-type", b"application/json")
@@ -143,6 +143,12 @@ async def test_another_body() -> None:
     assert [chunk async for chunk in response.body] == [b"[1]"]
 
 
+def test_another_body_for_one_caller() -> None:
+    cached = (b"cache-control", b"public")
+    response = json_bodies.with_body(_response(JSON, cached, *OF_THE_BYTES), b"[1]", one_caller=True)
+    assert response.headers == (JSON, (b"content-length", b"3"), (b"cache-control", b"private, no-store"))
+
+
 def test_no_length() -> None:
     assert json_bodies.without_length(_response(JSON, *OF_THE_BYTES)).headers == (JSON,)
 
@@ -150,6 +156,7 @@ def test_no_length() -> None:
 def test_for_one_caller() -> None:
     response = json_bodies.for_one_caller(_response(JSON, (b"cache-control", b"public"), (b"cache-control", b"x")))
     assert response.headers == (JSON, (b"cache-control", b"private, no-store"))
+    assert json_bodies.for_one_caller(response) is response
 
 
 @pytest.mark.parametrize(
@@ -247,6 +254,21 @@ def test_what_is_not_the_text_of_an_object(text: str) -> None:
 def test_what_is_not_the_text_of_an_array(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         list(elements(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        *((text, True) for text in ("}", " }\n", ', "a": 1}', ' ,"a":{"b":[NaN, "}"]} } ', f', "a": {"7" * 5000}}}')),
+        *(
+            (text, False)
+            for text in ("", " ", "]", "}}", "}]", "} {}", ",}", "a}", "1}", ", 1}", ', "a": 1', ', "a": 1]')
+        ),
+        (', "a": ' + "[" * 100_000, False),
+    ],
+)
+def test_the_rest_of_an_object(text: str, rest: bool) -> None:
+    assert is_rest(text) is rest
 
 
 def test_what_is_too_deep() -> None:

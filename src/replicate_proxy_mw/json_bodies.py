@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from . import routing
 from .exchange import Chunks, ProxyRequest, ProxyResponse
-from .headers import HeaderList
 
 Message = TypeVar("Message", ProxyRequest, ProxyResponse)
 
@@ -29,16 +28,18 @@ _OF_THE_BYTES = frozenset(
 )
 
 
+_IDENTITY = (b"accept-encoding", b"identity")
 _NOT_KEPT = (b"cache-control", b"private, no-store")
+_OF_THE_BODY = frozenset((b"content-type", b"content-length", b"content-encoding"))
+_OF_THE_BYTES_OR_CACHES = _OF_THE_BYTES | {b"cache-control"}
 
 _FIRST_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]+)"\s*[,}]')
 
 
 def asking_for_plain(request: ProxyRequest) -> ProxyRequest:
     """`request` for an answer that is whole and not encoded."""
-    kept = [pair for pair in request.headers if pair[0] not in _NOT_UP]
-    headers = (*kept, (b"accept-encoding", b"identity"))
-    return request if headers == request.headers else replace(request, headers=headers)
+    headers = (*[pair for pair in request.headers if pair[0] not in _NOT_UP], _IDENTITY)
+    return request if headers == request.headers else request.with_headers(headers)
 
 
 def asking_for(request: ProxyRequest, target: str) -> ProxyRequest:
@@ -48,7 +49,7 @@ def asking_for(request: ProxyRequest, target: str) -> ProxyRequest:
         method="GET",
         target=target,
         route=routing.match("GET", target.partition("?")[0]),
-        headers=((b"accept-encoding", b"identity"),),
+        headers=(_IDENTITY,),
         body=Chunks([]),
         content_length=0,
     )
@@ -56,15 +57,21 @@ def asking_for(request: ProxyRequest, target: str) -> ProxyRequest:
 
 def is_readable(response: ProxyResponse, *, max_size: int = MAX_SIZE) -> bool:
     """Whether the body may be one whole JSON document, in an encoding that can be undone, and not too long."""
-    media_type = _value(response.headers, b"content-type").partition(b";")[0].rstrip()
-    length = _value(response.headers, b"content-length")
+    if not 200 <= response.status < 300 or response.status == 206:
+        return False
+    said = [pair for pair in response.headers if pair[0] in _OF_THE_BODY]
+    media_type = _value(said, b"content-type").partition(b";")[0].rstrip()
+    length = _value(said, b"content-length")
     return (
-        200 <= response.status < 300
-        and response.status != 206
-        and (media_type == b"application/json" or media_type.endswith(b"+json"))
-        and _value(response.headers, b"content-encoding") in (b"", b"identity", b"gzip", b"x-gzip", b"deflate")
+        (media_type == b"application/json" or media_type.endswith(b"+json"))
+        and _value(said, b"content-encoding") in (b"", b"identity", b"gzip", b"x-gzip", b"deflate")
         and not (length.isdigit() and (len(length) > 18 or int(length) > max_size))
     )
+
+
+def at_hand(message: ProxyRequest | ProxyResponse) -> bytes | None:
+    """The body, if nothing has to be waited for."""
+    return message.body.at_hand if isinstance(message.body, Chunks) else None
 
 
 async def held(
@@ -72,8 +79,8 @@ async def held(
 ) -> tuple[Message, bytes, bool]:
     """`message` with its body at hand, that body, and whether it is all: what is longer, or is told by `stop` from what
     has come, goes on as it comes."""
-    if isinstance(message.body, Chunks) and (at_hand := message.body.at_hand) is not None:
-        return message, at_hand, len(at_hand) <= max_size
+    if (body := at_hand(message)) is not None:
+        return message, body, len(body) <= max_size
     chunks = message.body.__aiter__()
     read = bytearray()
     async for chunk in chunks:
@@ -86,8 +93,7 @@ async def held(
 
 def plain_of(response: ProxyResponse, body: bytes, *, max_size: int = MAX_SIZE) -> bytes | None:
     """`body`, which is that of `response`, without its encoding; None if it is damaged or too long."""
-    encoding = _value(response.headers, b"content-encoding")
-    if encoding in (b"", b"identity"):
+    if _value(response.headers, b"content-encoding") in (b"", b"identity"):
         return body
     decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, whichever it begins like
     try:
@@ -97,10 +103,13 @@ def plain_of(response: ProxyResponse, body: bytes, *, max_size: int = MAX_SIZE) 
     return plain if decoder.eof and not decoder.unused_data and len(plain) <= max_size else None
 
 
-def with_body(response: ProxyResponse, body: bytes) -> ProxyResponse:
-    """`response` with another body, and without what was said of the old one."""
-    kept = tuple(pair for pair in response.headers if pair[0] not in _OF_THE_BYTES)
-    return replace(response, headers=(*kept, (b"content-length", str(len(body)).encode())), body=Chunks([body]))
+def with_body(response: ProxyResponse, body: bytes, *, one_caller: bool = False) -> ProxyResponse:
+    """`response` with another body, and without what was said of the old one; as `for_one_caller` if it is."""
+    dropped = _OF_THE_BYTES_OR_CACHES if one_caller else _OF_THE_BYTES
+    kept = [pair for pair in response.headers if pair[0] not in dropped]
+    added = (b"content-length", b"%d" % len(body))
+    headers = (*kept, added, _NOT_KEPT) if one_caller else (*kept, added)
+    return ProxyResponse(status=response.status, headers=headers, body=Chunks([body]), aclose=response.aclose)
 
 
 def without_length(response: ProxyResponse) -> ProxyResponse:
@@ -129,8 +138,12 @@ def id_of(body: bytes | None) -> str | None:
     return None
 
 
-def _value(headers: HeaderList, name: bytes) -> bytes:
-    return b", ".join([value for key, value in headers if key == name]).strip().lower()
+def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
+    found = None
+    for key, value in headers:
+        if key == name:
+            found = value if found is None else found + b", " + value
+    return found.strip().lower() if found else b""
 
 
 _OBJECT = re.compile(r"[ \t\n\r]*\{")
@@ -163,6 +176,16 @@ def members(text: str) -> Iterator[tuple[str, Any, int, int]]:
         if found and found[1]:
             break
     raise ValueError("not a JSON object")
+
+
+def is_rest(text: str) -> bool:
+    """Whether `text`, which follows a member of an object, goes on to the end of that object and no further."""
+    whole = '{"":null' + text
+    try:
+        _, end = _scan(whole, 0)
+    except (ValueError, RecursionError):
+        return False
+    return not whole[end:].strip(" \t\n\r")
 
 
 def elements(text: str) -> Iterator[tuple[Any, int, int]]:

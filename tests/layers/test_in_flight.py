@@ -164,7 +164,7 @@ async def test_a_caller_who_reads_slowly_is_under_way(upstream: RawUpstream) -> 
 
     async def send(message: dict[str, Any]) -> None:
         await caller.send(message)
-        if message["type"] == "http.response.body" and not caller.complete:
+        if message.get("body"):
             await reads.wait()
 
     async with anyio.create_task_group() as tasks:

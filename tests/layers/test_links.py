@@ -218,6 +218,88 @@ def test_links_after_the_results_are_found() -> None:
     )
 
 
+def _member_by_member(text: str) -> str:
+    """The same where no glance is enough: a letter is escaped."""
+    escaped = '{"\\u0061":0,'
+    return "{" + rewritten(escaped + text[1:], edits=JOB, within="urls").removeprefix(escaped)
+
+
+OWN = f'{{"get": "{PUBLIC_BASE}/x", "web": "/é", "cancel": "{PUBLIC_BASE}/y"}}'
+PRETTY = OWN.replace(", ", ",\n  ").replace(": ", " : ")
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ('{"urls": %s}', True),
+        ('{"id": "a", "logs": "\\n\\u00e9<\\u003e\\u00b7\\ud83d\\ude00}", "urls":%s,"a":{"b":[{}]}}\n', True),
+        ('{"a": {"urls": null}, "urls": %s}', True),
+        ('{"urls": {}, "urls": %s}', True),
+        ('{"a": "\\u0061", "urls": %s}', True),
+        ('{"a": "\\u0070", "urls": %s}', True),
+        ('{"\\u0075rls": %s}', True),
+        ('{"a": "urls", "b": "urls:", "urls": %s}', True),
+        ('{"a": "\\"urls\\": {", "urls": %s}', True),
+        ('{"urls": [%s]}', False),
+        ('{"a": {"urls": %s}}', False),
+        ('{"a": {"urls": %s, "b": 1}, "c": 1}', False),
+        ('{"a": [{"urls": %s}]}', False),
+        ('{"a\\"urls": %s}', False),
+        ('{"a": "urls", "get": %s}', False),
+        ('{"urls": "%%s", "a": %s}', False),
+        ('{"urls": null, "a": %s}', False),
+        ('{"a": %s}', False),
+        ('{"urls": %s]', False),
+        ('{"urls": %s}}', False),
+    ],
+)
+def test_a_glance_tells_what_a_look_at_each_member_tells(text: str, changed: bool) -> None:
+    for own in (OWN, PRETTY, OWN.replace("/", "\\/"), OWN.replace("/é", "}"), OWN.replace('"/é"', "[]")):
+        before = text % own
+        after = text % own.replace(f"{PUBLIC_BASE}/", f"{HERE}/").replace(
+            PUBLIC_BASE.replace("/", "\\/") + "\\/", HERE + "/"
+        )
+        assert rewritten(before, edits=JOB, within="urls") == (after if changed else before)
+        assert rewritten(before, edits=JOB, within="urls") == _member_by_member(before)
+
+
+@pytest.mark.parametrize("own", ["{}", '{"get": 1}', '{"get": {"get": "x"}}', '{"get": "https://elsewhere.test/"}'])
+@pytest.mark.parametrize(
+    "text", ['{"urls": %s}', '[{"urls": %s}]', ' {"urls": %s}', '\ufeff{"urls": %s}', '"urls": %s}']
+)
+def test_what_has_no_link_stays(text: str, own: str) -> None:
+    assert rewritten(text % own, edits=JOB, within="urls") == text % own
+
+
+_own = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.sampled_from([f"{PUBLIC_BASE}/x", "/é", '"', "}", "{", "\\", None])
+        for name in ("get", "cancel", "web")
+    },
+)
+_hostile = st.recursive(
+    _own | st.sampled_from([1, float("nan"), "urls", '"urls":{', '"urls": {"get": "x"}}', "}", "\\u0075rls", "<é>"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["urls", "a", 'a"urls', '"urls', "get", "urls\\"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@unhurried
+@given(
+    st.dictionaries(st.sampled_from(["id", "urls", "metrics", 'a"urls']), _own | _hostile, min_size=1),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+    st.sampled_from(["", "\n", "}", "x"]),
+)
+def test_hostile_answers_change_in_their_links_alone(content: Any, ascii: bool, indent: int | None, end: str) -> None:
+    text = json.dumps(content, ensure_ascii=ascii, indent=indent) + end
+    assert rewritten(text, edits=JOB, within="urls") == _member_by_member(text)
+
+
 def test_what_stands_around_links_is_only_passed_over() -> None:
     around = '{"a": %s, "urls": {}, "urls": null, "\\u0075rls": {"g\\u0065t": "%s/x"}}'
     for number in ("7" * 5000, "-1e999999", "0.1000000000000000000000001"):
@@ -508,6 +590,12 @@ async def test_the_location_of_any_answer(method: str, target: str, status: int)
     assert answered.response.headers == (JSON, moved, (b"etag", b'"a"'), (b"location", b"/v1/x"), PRIVATE)
     answered = await _ask(method, target, b"{}", *headers, status=status, public_url=HERE)
     assert answered.response.headers == (JSON, moved, (b"etag", b'"a"'), (b"location", b"/v1/x"))
+
+
+async def test_a_location_elsewhere_is_everyone_s() -> None:
+    location = (b"location", b"https://elsewhere.test/x")
+    answered = await _ask("GET", "/x", b"{}", JSON, location, status=302)
+    assert answered.response.headers == (JSON, location)
 
 
 async def test_streams_lead_where_they_are_said_to() -> None:

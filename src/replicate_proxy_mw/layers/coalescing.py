@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import anyio
 
+from ..event_loops import OfLoop
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..headers import HeaderList
 from ..portkey import Retry
-from ..sharing import OfLoop, SharedCall, forwarded_apart
+from ..sharing import SharedCall, forwarded_apart
 from ..telemetry.joining import Joint
 
 # Bytes of an answer that several get; four times the largest that was recorded.

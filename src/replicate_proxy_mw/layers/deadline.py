@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 
 from ..errors import RequestTimeout
-from ..exchange import Forward, ProxyRequest, ProxyResponse
+from ..exchange import Forward, ProxyRequest, ProxyResponse, where
 
 
 def request_timeout(forward: Forward) -> Forward:
@@ -17,10 +17,9 @@ def request_timeout(forward: Forward) -> Forward:
 
     async def limited(request: ProxyRequest) -> ProxyResponse:
         seconds = request.portkey.request_timeout
-        if seconds is None:
-            return await forward(request)
+        assert seconds is not None
         with anyio.move_on_after(seconds):
             return await forward(request)
         raise RequestTimeout(seconds)
 
-    return limited
+    return where(lambda request: request.portkey.request_timeout is not None, then=limited, otherwise=forward)

@@ -15,10 +15,11 @@ import anyio
 
 from .. import creates, ending, rereading
 from ..errors import BodyTooLarge, CreateUnknown, IdempotencyKeyReused, UpstreamFailed
+from ..event_loops import OfLoop
 from ..exchange import Forward, Layer, Opened, ProxyRequest, ProxyResponse
 from ..json_bodies import asking_for_plain, held
 from ..operations import Kind
-from ..sharing import OfLoop, SharedCall, forwarded_apart
+from ..sharing import SharedCall, forwarded_apart
 from ..store.keyed import KeyedCreates
 from ..store.once import KeyedCreate, MemoryOnceStore, OnceStore
 from ..telemetry import names

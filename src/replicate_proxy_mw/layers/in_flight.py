@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import LimitExceeded
-from ..exchange import Forward, ProxyRequest, ProxyResponse
+from ..exchange import AtOnce, Forward, ProxyRequest, ProxyResponse, where
 
 # Seconds. Creates end within some, unless they wait for their prediction.
 _RETRY_AFTER = 1
@@ -15,16 +15,15 @@ def limit_in_flight(forward: Forward) -> Forward:
 
     async def counted(request: ProxyRequest) -> ProxyResponse:
         limit, tenant = request.key.policy.max_in_flight, request.key.tenant
-        if limit is None:
-            return await forward(request)
+        assert limit is not None
         under_way = in_flight.get(tenant, 0)
         if under_way >= limit:
             raise LimitExceeded(f"max_in_flight: {limit} requests are under way already.", retry_after=_RETRY_AFTER)
         in_flight[tenant] = under_way + 1
-        request.opened.append(_Place(in_flight, tenant))
+        request.opened.append(AtOnce(_Place(in_flight, tenant).give_back))
         return await forward(request)
 
-    return counted
+    return where(lambda request: request.key.policy.max_in_flight is not None, then=counted, otherwise=forward)
 
 
 class _Place:
@@ -33,7 +32,7 @@ class _Place:
     def __init__(self, in_flight: dict[str | None, int], tenant: str | None) -> None:
         self._in_flight, self._tenant = in_flight, tenant
 
-    async def aclose(self) -> None:
+    def give_back(self) -> None:
         others = self._in_flight.pop(self._tenant) - 1
         if others:
             self._in_flight[self._tenant] = others

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from .. import model_names
 from ..errors import PermissionDenied, UpstreamFailed
-from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
+from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse, where
 from ..json_bodies import asking_for, held
 from ..model_names import Named, NotUnderstood
 
@@ -34,8 +34,6 @@ def check_models(*, lookup_versions: bool, now: Callable[[], float] = time.monot
 
     def layer(forward: Forward) -> Forward:
         async def checked(request: ProxyRequest) -> ProxyResponse:
-            if request.key.policy.models is None:
-                return await forward(request)
             try:
                 named = list(model_names.in_path(request.route, request.target))
                 if model_names.has_body(request.route):
@@ -49,7 +47,7 @@ def check_models(*, lookup_versions: bool, now: Callable[[], float] = time.monot
                 await _check(one, request, forward, known if lookup_versions else None)
             return await forward(request)
 
-        return checked
+        return where(lambda request: request.key.policy.models is not None, then=checked, otherwise=forward)
 
     return layer
 

@@ -5,10 +5,10 @@ What is not its own is answered like what does not exist, without asking Replica
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import NotOwned, UpstreamFailed
-from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
+from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse, where
 from ..json_bodies import (
     asking_for_plain,
     elements,
@@ -34,8 +34,6 @@ def own_predictions(ledger: Ledger) -> Layer:
     def layer(forward: Forward) -> Forward:
         async def owned(request: ProxyRequest) -> ProxyResponse:
             operation, tenant = request.route.details, request.key.tenant
-            if not request.key.policy.own_predictions:
-                return await forward(request)
             if operation is None or tenant is None:
                 raise NotOwned()
             if operation.creates:
@@ -49,7 +47,7 @@ def own_predictions(ledger: Ledger) -> Layer:
                 raise NotOwned()
             return for_one_caller(await forward(request))
 
-        return owned
+        return where(lambda request: request.key.policy.own_predictions, then=owned, otherwise=forward)
 
     return layer
 
@@ -62,7 +60,7 @@ def _id(request: ProxyRequest) -> str | None:
 async def _filtered(request: ProxyRequest, tenant: str, forward: Forward, ledger: Ledger) -> ProxyResponse:
     """A page of a list without what is not the tenant's; its links stay."""
     kept = tuple(pair for pair in request.headers if pair[0] not in (b"range", b"if-match"))
-    response = await forward(asking_for_plain(replace(request, headers=kept)))
+    response = await forward(asking_for_plain(request.with_headers(kept)))
     if not 200 <= response.status < 300:
         return response
     if request.method == "HEAD":

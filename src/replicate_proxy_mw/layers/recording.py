@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
+from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse, where
 from ..json_bodies import asking_for_plain, held, id_of, plain_of
 from ..store import Ledger, StoredPrediction
 from ..telemetry.names import STORE_FAILED
@@ -18,9 +18,6 @@ def record_creations(ledger: Ledger) -> Layer:
 
     def layer(forward: Forward) -> Forward:
         async def recorded(request: ProxyRequest) -> ProxyResponse:
-            operation = request.route.details
-            if not request.key.policy.own_predictions or operation is None or not operation.creates:
-                return await forward(request)
             response = await forward(asking_for_plain(request))
             if not 200 <= response.status < 300:
                 return response
@@ -30,7 +27,7 @@ def record_creations(ledger: Ledger) -> Layer:
                 id = id_of(plain_of(response, body) if whole else body)
             if id is None:
                 logger.error(
-                    "own_predictions: the answer to %s has no id; nobody will reach what it made", operation.id
+                    "own_predictions: the answer to %s has no id; nobody will reach what it made", request.operation
                 )
                 request.notes[STORE_FAILED] = True
             elif not await ledger.write(
@@ -40,6 +37,11 @@ def record_creations(ledger: Ledger) -> Layer:
                 request.afterwards.append(partial(ledger.write_later, id))
             return response
 
-        return recorded
+        return where(_creates_one_s_own, then=recorded, otherwise=forward)
 
     return layer
+
+
+def _creates_one_s_own(request: ProxyRequest) -> bool:
+    operation = request.route.details
+    return request.key.policy.own_predictions and operation is not None and operation.creates is not None

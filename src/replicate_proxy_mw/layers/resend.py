@@ -12,7 +12,7 @@ from dataclasses import replace
 import anyio
 
 from ..errors import Overloaded, ProxyError, UpstreamFailed, UpstreamUnreachable
-from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
+from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse, where
 
 SAFE = frozenset(("GET", "HEAD", "OPTIONS"))
 STATUS_CODES = frozenset((429, 502, 503, 504))
@@ -31,15 +31,17 @@ def resend(*, attempts: int, first_wait: float = 1.0) -> Layer:
     """
 
     def layer(forward: Forward) -> Forward:
-        async def resending(request: ProxyRequest) -> ProxyResponse:
+        def allowed(request: ProxyRequest) -> int:
             retry = request.portkey.retry
-            more = attempts if retry is None else retry.attempts
-            if not more:
-                return await forward(request)
+            return attempts if retry is None else retry.attempts
+
+        async def resending(request: ProxyRequest) -> ProxyResponse:
+            retry, more = request.portkey.retry, allowed(request)
             codes = STATUS_CODES if retry is None or retry.status_codes is None else STATUS_CODES & retry.status_codes
             count, waited = 0, 0.0
             while True:
-                came = await _tried(forward, replace(request, resend_count=count))
+                attempt = request if count == request.resend_count else replace(request, resend_count=count)
+                came = await _tried(forward, attempt)
                 again = _may_follow(came, request, codes)
                 wait = _wait(came, first_wait * 2**count)
                 waited += wait
@@ -54,7 +56,7 @@ def resend(*, attempts: int, first_wait: float = 1.0) -> Layer:
             told = b"-1" if again and count == more else str(count).encode()
             return replace(came, headers=(*came.headers, (b"x-portkey-retry-attempt-count", told)))
 
-        return resending
+        return where(allowed, then=resending, otherwise=forward)
 
     return layer
 

@@ -10,8 +10,8 @@ import json
 import re
 from dataclasses import replace
 
-from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
-from ..json_bodies import held
+from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse, where
+from ..json_bodies import at_hand, held
 
 # Longer bodies pass as they came. Parsing one holds up all other requests: the worst of this size a tenth of a second.
 # Replicate advises against data URIs of more than 256 kB.
@@ -25,8 +25,6 @@ def unwrap_data(forward: Forward) -> Forward:
     """Unwrap JSON bodies of POSTs. A body that does not begin like a wrapped one passes without being held."""
 
     async def unwrapped(request: ProxyRequest) -> ProxyResponse:
-        if request.method != "POST" or request.content_length == 0 or not _is_plain_json(request):
-            return await forward(request)
         request, body, whole = await held(request, max_size=MAX_SIZE, stop=_is_not_wrapped)
         content = inner(body) if whole else None
         if content is None:
@@ -34,7 +32,14 @@ def unwrap_data(forward: Forward) -> Forward:
         unwrapped = replace(request, body=Chunks([content]), content_length=len(content), unwrapped_data=True)
         return await forward(unwrapped)
 
-    return unwrapped
+    return where(_may_be_wrapped, then=unwrapped, otherwise=forward)
+
+
+def _may_be_wrapped(request: ProxyRequest) -> bool:
+    if request.method != "POST" or request.content_length == 0:
+        return False
+    body = at_hand(request)
+    return (body is None or _WRAPPED.match(body) is not None) and _is_plain_json(request)
 
 
 def _is_not_wrapped(head: bytearray) -> bool:

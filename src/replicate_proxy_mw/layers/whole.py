@@ -6,8 +6,8 @@ send the create again, which is paid again.
 
 from __future__ import annotations
 
-from ..exchange import Forward, ProxyRequest, ProxyResponse
-from ..json_bodies import held
+from ..exchange import Forward, ProxyRequest, ProxyResponse, where
+from ..json_bodies import at_hand, held
 
 # Answers with images as data URIs were seen at 400 kB; larger ones are streamed.
 MAX_SIZE = 8 << 20
@@ -18,8 +18,8 @@ def whole_answers(forward: Forward) -> Forward:
 
     async def whole(request: ProxyRequest) -> ProxyResponse:
         response = await forward(request)
-        if request.method != "POST" or request.operation is None or response.is_event_stream:
+        if at_hand(response) is not None or response.is_event_stream:
             return response
         return (await held(response, max_size=MAX_SIZE))[0]
 
-    return whole
+    return where(lambda request: request.method == "POST" and request.operation, then=whole, otherwise=forward)
