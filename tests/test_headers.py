@@ -140,3 +140,26 @@ def test_nothing_else_goes_up(sent: list[tuple[bytes, bytes]]) -> None:
         return
     assert {name for name, _ in kept} <= headers.UP
     assert list(kept) == [pair for pair in sent if pair in kept]
+
+
+def test_more_names_than_are_remembered_change_nothing() -> None:
+    many = [(b"X-RateLimit-%d" % i, b"1") for i in range(headers.MAX_NAMES + 1)]
+    for _ in range(2):
+        assert headers.down(many, 200) == tuple((name.lower(), value) for name, value in many)
+        assert headers.down([(b"X-Other", b"1"), (b"ETag", b"1")], 200) == ((b"etag", b"1"),)
+    assert headers.down([(b"X-Other", b"1")], 200, {b"x-other"}) == ((b"x-other", b"1"),)
+
+
+@given(st.binary(max_size=3), st.binary(max_size=3))
+def test_a_value_is_refused_for_what_it_is_wherever_it_stands(one: bytes, other: bytes) -> None:
+    def illegal(value: bytes) -> bool:
+        return value.strip(b" \t") != value or any(byte == 127 or (byte < 32 and byte != 9) for byte in value)
+
+    sent = [(b"accept", one), (b"prefer", other)]
+    if illegal(one) or illegal(other):
+        with pytest.raises(BadRequest):
+            headers.up(sent)
+        with pytest.raises(UpstreamFailed):
+            headers.down([(b"etag", one), (b"link", other)], 200)
+    else:
+        assert headers.up(sent) == tuple(sent)

@@ -206,3 +206,25 @@ def test_any_target_is_passed_on_or_refused(path: str, query: bytes) -> None:
     assert target.isascii()
     assert target.isprintable()
     assert "/../" not in target
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.id)
+def test_an_empty_parameter_is_none_and_no_method_is_another_s(operation: Operation) -> None:
+    path = operation.path.replace("{", "").replace("}", "")
+    assert routing.match(operation.method, path).operation == operation.id
+    other = routing.match("OPTIONS", path)
+    assert (other.template, other.operation, other.details) == (operation.path, None, None)
+    for name in {part for part in operation.path.split("/") if part.startswith("{")}:
+        assert routing.match(operation.method, path.replace(name[1:-1], "", 1)) is routing.UNKNOWN
+
+
+@given(st.text(alphabet="/.a-%2eE~_", max_size=12))
+def test_what_is_ordinary_is_what_no_rule_has_anything_against(path: str) -> None:
+    def checked(query: bytes) -> str | None:
+        try:
+            return routing.check("GET", path, query).removesuffix("?a")
+        except BadRequest:
+            return None
+
+    # A query takes the long way.
+    assert checked(b"") == checked(b"a")

@@ -17,7 +17,7 @@ from .routing import Route
 SECRET = "webhooks.default.secret.get"
 
 _SEGMENT = r"[A-Za-z0-9*][A-Za-z0-9*._-]*"
-_PATTERN = re.compile(rf"(?:deployments/)?{_SEGMENT}/{_SEGMENT}")
+_PATTERN = rf"(?:deployments/)?{_SEGMENT}/{_SEGMENT}"
 
 # What no server takes for something else (RFC 3986, section 2.3), and what may end an id in base64.
 _PLAIN = re.compile(r"[A-Za-z0-9._~=/-]*")
@@ -135,7 +135,7 @@ def _operation_ids(patterns: tuple[str, ...]) -> frozenset[str]:
 @lru_cache
 def _any_of(models: tuple[str, ...]) -> re.Pattern[str]:
     for pattern in models:
-        if not _PATTERN.fullmatch(pattern):
+        if not re.fullmatch(_PATTERN, pattern):
             raise ValueError(f"models: {pattern!r} is neither owner/name nor deployments/owner/name")
     return re.compile("|".join(_glob(one, any_="[^/]*") for one in models) or r"(?!)")
 

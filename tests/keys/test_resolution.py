@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
-from replicate_proxy_mw import KeyRequest, PermissionDenied, ReplicateKey
+from replicate_proxy_mw import (
+    CachedKeyResolver,
+    FirstOf,
+    KeyRequest,
+    MappingKeyResolver,
+    PermissionDenied,
+    ReplicateKey,
+    StaticKeyResolver,
+)
 from replicate_proxy_mw.errors import KeyUnknown, ResolverFailed
 from replicate_proxy_mw.keys import resolve
 
@@ -109,3 +119,54 @@ async def test_cancellation_passes() -> None:
     with anyio.move_on_after(0.01) as scope:
         await resolve(_hangs, REQUEST, seconds=5)
     assert scope.cancelled_caught
+
+
+class _Pickier(StaticKeyResolver):
+    async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
+        await anyio.lowlevel.checkpoint()
+        return None if request.method == "GET" else await super().__call__(request)
+
+
+class _Knows:
+    async def __call__(self, request: KeyRequest, /) -> str:
+        await anyio.lowlevel.checkpoint()
+        return "r8_bbbbbbbbbbbbbbbb"
+
+
+async def test_what_a_subclass_checks_is_not_passed_by() -> None:
+    resolver = _Pickier("r8_aaaaaaaaaaaaaaaa", api_keys=["pk-1"])
+    for picky in (resolver, FirstOf(resolver)):
+        with pytest.raises(KeyUnknown):
+            await resolve(picky, REQUEST, seconds=1)
+        assert await resolve(picky, replace(REQUEST, method="POST"), seconds=1)
+
+
+@pytest.mark.parametrize(("api_key", "token"), [("pk-1", "aaaa"), ("pk-2", "cccc"), ("pk-3", "bbbb")])
+async def test_the_first_who_knows_is_asked_whether_or_not_it_has_to_wait(api_key: str, token: str) -> None:
+    known = MappingKeyResolver({"pk-1": "r8_aaaaaaaaaaaaaaaa", "pk": "r8_aaaaaaaaaaaaaaaa"})
+    also = StaticKeyResolver("r8_cccccccccccccccc", api_keys=["pk-2"])
+    request = replace(REQUEST, api_key=api_key)
+    key = await resolve(FirstOf(known, also, _Knows()), request, seconds=1)
+    assert key.authorization().decode().endswith(token)
+    with pytest.raises(KeyUnknown):
+        await resolve(FirstOf(known, also), replace(REQUEST, api_key="pk-4"), seconds=1)
+
+
+async def test_who_may_not_is_told_by_one_that_need_not_wait() -> None:
+    resolver = MappingKeyResolver({"pk-1": {"main": "r8_aaaaaaaaaaaaaaaa"}})
+    with pytest.raises(PermissionDenied):
+        await resolve(resolver, replace(REQUEST, provider="@other"), seconds=1)
+
+
+async def test_what_is_remembered_needs_no_waiting_and_what_is_not_is_asked_for() -> None:
+    asked = []
+
+    async def inner(request: KeyRequest) -> str:
+        asked.append(request.api_key)
+        await anyio.lowlevel.checkpoint()
+        return "r8_aaaaaaaaaaaaaaaa"
+
+    resolver = CachedKeyResolver(inner)
+    for api_key in ("pk-1", "pk-1", "", ""):
+        assert await resolve(resolver, replace(REQUEST, api_key=api_key), seconds=1)
+    assert asked == ["pk-1", "", ""]

@@ -12,10 +12,12 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, SpanKind, StatusCode, TraceFlags
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from replicate_proxy_mw import (
     Forward,
     MappingKeyResolver,
+    PermissionDenied,
     PriceRequest,
     ProxyRequest,
     ProxyResponse,
@@ -205,6 +207,26 @@ async def test_without_a_trace_layers_are_told_of_none(upstream: RawUpstream) ->
 
     assert (await call(proxy(upstream.url, layers=[layer]), http_scope())).status == 200
     assert seen == [None]
+
+
+async def test_without_an_sdk_the_caller_s_trace_goes_on(upstream: RawUpstream) -> None:
+    sent = f"00-{'a' * 32}-{'b' * 16}-01"
+    seen = []
+
+    def layer(forward: Forward) -> Forward:
+        async def looking(request: ProxyRequest) -> ProxyResponse:
+            carrier: dict[str, str] = {}
+            TraceContextTextMapPropagator().inject(carrier)
+            seen.extend([request.traceparent, carrier["traceparent"]])
+            raise PermissionDenied("no")
+
+        return looking
+
+    refused = await call(
+        proxy(upstream.url, layers=[layer]), http_scope(headers=[KEY, (b"traceparent", sent.encode())])
+    )
+    assert refused.header(b"x-request-id") == [b"a" * 32]
+    assert seen == [sent, sent]
 
 
 async def test_what_a_layer_answers_with_5xx_is_an_error(tracer_provider: TracerProvider, spans: Recorded) -> None:

@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from replicate_proxy_mw.telemetry import names, story
+from replicate_proxy_mw.telemetry.request import traceparent
 from replicate_proxy_mw.testing.webhooks import sign
 from tests.raw_asgi import KEY, call, http_scope, proxy
 from tests.raw_upstream import RawUpstream
@@ -115,12 +116,27 @@ async def test_the_caller_s_own_trace(
     assert upstream.requests[0].header(b"traceparent") == []
 
 
+@pytest.mark.parametrize("broken", ["nonsense", f"00-{'0' * 32}-b7ad6b7169203331-01", f"00-{TRACE_ID}-{'0' * 16}-01"])
 async def test_a_broken_traceparent_is_none(
-    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded, broken: str
 ) -> None:
     app = proxy(upstream.url, tracer_provider=tracer_provider)
-    await call(app, http_scope(headers=[KEY, (b"traceparent", b"nonsense")]))
+    await call(app, http_scope(headers=[KEY, (b"traceparent", broken.encode())]))
     assert spans.request.parent is None
+
+
+@pytest.mark.parametrize(
+    "sent", [f"00-{TRACE_ID}-b7ad6b7169203331-01", f"cc-{TRACE_ID}-b7ad6b7169203331-01-what-comes-later"]
+)
+async def test_a_traceparent_of_any_version_is_read(
+    upstream: RawUpstream, tracer_provider: TracerProvider, spans: Recorded, sent: str
+) -> None:
+    app = proxy(upstream.url, tracer_provider=tracer_provider)
+    await call(app, http_scope(headers=[KEY, (b"traceparent", sent.encode())]))
+    parent = spans.request.parent
+    assert parent is not None
+    assert parent.is_remote
+    assert traceparent(parent) == f"00-{TRACE_ID}-b7ad6b7169203331-01"
 
 
 async def test_a_stream_is_below_the_request_that_reads_it(

@@ -17,7 +17,7 @@ from ..errors import MethodNotAllowed, ProxyError, UpstreamFailed
 from ..exchange import ProxyResponse
 from ..headers import HeaderList
 from ..upstream import Answer, classify
-from .stream_urls import Stream, StreamUrls
+from .stream_urls import Stream, StreamUrls, is_meant
 
 # The URL needs no credentials, so any page can lead a browser there: nothing it shows may run in the host's origin.
 # nginx collects an answer unless it is told otherwise (nginx.org, ngx_http_proxy_module, proxy_buffering).
@@ -62,6 +62,8 @@ class StreamEndpoint:
         finally:
             del key  # an error's traceback shows locals
         self._send, self._timeout = send, dict(timeout)
+
+    is_meant = staticmethod(is_meant)
 
     def path_for(self, url: str, id: str | None) -> str | None:
         """The path below the proxy's prefix for a stream URL of Replicate; None for any other URL. `id` is that of the

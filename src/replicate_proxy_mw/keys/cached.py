@@ -18,7 +18,7 @@ import anyio
 from anyio.lowlevel import RunVar
 
 from ..errors import PermissionDenied, ProxyError, ResolverFailed
-from .contract import KeyRequest, KeyResolver, ReplicateKey
+from .contract import LATER, KeyRequest, KeyResolver, Later, ReplicateKey
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -113,7 +113,7 @@ class CachedKeyResolver:
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | str | None:
         if not request.api_key:  # whom the host knows by other means, which nothing here tells apart
             return await self._inner(_Shown.of(request, self._vary))
-        digest = _Digest(_digest(request.api_key), _digest([_plain(getattr(request, name)) for name in self._vary]))
+        digest = self._digest(request)
         flights = self._flights.get(None)
         if flights is None:
             flights = {}
@@ -134,6 +134,13 @@ class CachedKeyResolver:
             await flight.over.wait()
             if flight.landed:
                 return _give(flight.answer)
+
+    def _at_once(self, request: KeyRequest) -> ReplicateKey | str | Later | None:
+        entry = self._remembered(self._digest(request)) if request.api_key else None
+        return LATER if entry is None else _give(entry.answer)
+
+    def _digest(self, request: KeyRequest) -> _Digest:
+        return _Digest(_digest(request.api_key), _digest([_plain(getattr(request, name)) for name in self._vary]))
 
     def invalidate(self, api_key: str | None = None) -> None:
         """Forget everything, or what is remembered of one caller's key. It may be called from any thread.

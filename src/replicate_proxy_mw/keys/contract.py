@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from hashlib import sha256
 from typing import Any, NoReturn, Protocol
 
@@ -73,9 +74,10 @@ def digest(api_key: str) -> bytes:
     return sha256(api_key.encode("utf-8", "surrogatepass")).digest()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# Not frozen, which would take several times as long to make.
+@dataclass(kw_only=True, slots=True)
 class KeyRequest:
-    """What a resolver may look at: who calls, and for what. Printing it shows no secret.
+    """What a resolver may look at, and is not to change: who calls, and for what. Printing it shows no secret.
 
     Attributes:
         api_key: the caller's key, from `x-portkey-api-key`, else from `Authorization`. Never empty, unless
@@ -108,6 +110,26 @@ class KeyRequest:
     scope: Mapping[str, Any] = field(repr=False)
 
 
+class Later(Enum):
+    """What a resolver answers at once if it cannot: it has to be awaited."""
+
+    LATER = "later"
+
+
+LATER = Later.LATER
+
+Answer = ReplicateKey | str | None
+
+
+def at_once(resolver: KeyResolver, request: KeyRequest) -> Answer | Later:
+    """What `resolver` answers without being awaited, and so without a time limit: that takes ten times as long.
+
+    Only our own can, by a method of that name. It is not inherited: a subclass may do more in its `__call__`.
+    """
+    method = vars(type(resolver)).get("_at_once")
+    return LATER if method is None else method(resolver, request)
+
+
 class KeyResolver(Protocol):
     """Any async callable from a `KeyRequest` to the key to use.
 
@@ -115,4 +137,4 @@ class KeyResolver(Protocol):
     may not (403). Any other exception, no answer within `resolver_timeout` seconds, or another value: 503.
     """
 
-    async def __call__(self, request: KeyRequest, /) -> ReplicateKey | str | None: ...
+    async def __call__(self, request: KeyRequest, /) -> Answer: ...

@@ -41,7 +41,10 @@ class EnvKeyResolver:
         self._resolver = MappingKeyResolver(keys)
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
-        return await self._resolver(request)
+        return self._at_once(request)
+
+    def _at_once(self, request: KeyRequest) -> ReplicateKey | None:
+        return self._resolver._at_once(request)
 
 
 def _read(environ: Mapping[str, str], policy: Policy) -> tuple[dict[str, ReplicateKey], str | None]:

@@ -17,7 +17,7 @@ import anyio
 from anyio.lowlevel import current_token
 
 from .accounts import choose
-from .contract import KeyRequest, ReplicateKey, digest
+from .contract import LATER, KeyRequest, Later, ReplicateKey, digest
 from .key_file import parse, read_tokens, replicate_keys
 
 logger = logging.getLogger("replicate_proxy_mw")
@@ -74,6 +74,12 @@ class FileKeyResolver:
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
         if time.monotonic() >= self._good_until:
             await self._look()
+        return self._known(request)
+
+    def _at_once(self, request: KeyRequest) -> ReplicateKey | Later | None:
+        return LATER if time.monotonic() >= self._good_until else self._known(request)
+
+    def _known(self, request: KeyRequest) -> ReplicateKey | None:
         known = self._accounts.get(digest(request.api_key))
         if known is None:
             return None

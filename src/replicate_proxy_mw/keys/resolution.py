@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from ..errors import KeyMissing, KeyUnknown, ResolverFailed
-from ..host_calls import HostFailed, ask
-from .contract import KeyRequest, KeyResolver, ReplicateKey
+from ..errors import KeyMissing, KeyUnknown, ProxyError, ResolverFailed
+from ..host_calls import ask, failure_of
+from .contract import LATER, KeyRequest, KeyResolver, ReplicateKey, at_once
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -21,14 +21,16 @@ async def resolve(resolver: KeyResolver, request: KeyRequest, *, seconds: float)
             class name alone, since exception texts may hold secrets.
     """
     try:
-        answer = await ask(lambda: resolver(request), seconds=seconds)
+        answer = at_once(resolver, request)
+        if answer is LATER:
+            answer = await ask(lambda: resolver(request), seconds=seconds)
         if answer is None:
             raise KeyUnknown() if request.api_key else KeyMissing()
         return answer if isinstance(answer, ReplicateKey) else ReplicateKey(answer)
-    except HostFailed as error:
-        failure = error.name
-    except ValueError as error:
-        failure = type(error).__name__
+    except ProxyError:
+        raise
+    except Exception as error:
+        failure = failure_of(error)
     answer = None  # it may be a token, and exceptions show the locals of their frames
     logger.error("key resolver failed: %s", failure)
     raise ResolverFailed()

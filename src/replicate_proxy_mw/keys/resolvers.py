@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from .accounts import choose
-from .contract import KeyRequest, KeyResolver, ReplicateKey, digest
+from .contract import Answer, KeyRequest, KeyResolver, Later, ReplicateKey, at_once, digest
 
 # The form of Replicate's tokens, and that of the old ones.
 _REPLICATE_TOKEN = re.compile(r"r8_[A-Za-z0-9_]{8,128}|[0-9a-f]{40}")
@@ -37,6 +37,9 @@ class StaticKeyResolver:
         self._key = next(key for key in keys.values() if isinstance(key, ReplicateKey))
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
+        return self._at_once(request)
+
+    def _at_once(self, request: KeyRequest) -> ReplicateKey | None:
         asked = digest(request.api_key)
         # Every digest is compared, so that the time taken does not tell which one came close.
         found = [hmac.compare_digest(asked, known) for known in self._digests]
@@ -69,6 +72,9 @@ class MappingKeyResolver:
         self._caller_tokens = caller_tokens
 
     async def __call__(self, request: KeyRequest, /) -> ReplicateKey | None:
+        return self._at_once(request)
+
+    def _at_once(self, request: KeyRequest) -> ReplicateKey | None:
         found = self._keys.get(digest(request.api_key))
         if found is None:
             return None
@@ -97,9 +103,16 @@ class FirstOf:
             raise ValueError("FirstOf needs at least one resolver")
         self._resolvers = resolvers
 
-    async def __call__(self, request: KeyRequest, /) -> ReplicateKey | str | None:
+    async def __call__(self, request: KeyRequest, /) -> Answer:
         for resolver in self._resolvers:
             answer = await resolver(request)
+            if answer is not None:
+                return answer
+        return None
+
+    def _at_once(self, request: KeyRequest) -> Answer | Later:
+        for resolver in self._resolvers:
+            answer = at_once(resolver, request)
             if answer is not None:
                 return answer
         return None

@@ -11,7 +11,7 @@ from opentelemetry import context, trace
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 
 from ..errors import ClientDisconnected, Overloaded, ProxyError, UpstreamAborted, UpstreamUnreachable
-from ..exchange import Chunks, Forward, ProxyRequest, ProxyResponse
+from ..exchange import AtOnce, Chunks, Forward, Opened, ProxyRequest, ProxyResponse, nothing_to_close
 from ..json_bodies import plain_of
 from ..operations import OPERATIONS
 from ..routing import Route
@@ -27,6 +27,7 @@ MAX_SIZE = 1 << 20
 
 # Instrumentations of HTTP clients leave alone what is sent under it. It has no public name.
 _SUPPRESS = getattr(context, "_SUPPRESS_HTTP_INSTRUMENTATION_KEY", "suppress_http_instrumentation")
+_SUPPRESSED = context.Context({_SUPPRESS: True})
 
 
 def attempts(forward: Forward, *, tracer: Tracer, origin: Origin, propagate: bool) -> Forward:
@@ -37,10 +38,11 @@ def attempts(forward: Forward, *, tracer: Tracer, origin: Origin, propagate: boo
         propagate: whether Replicate is told the attempt's `traceparent`.
     """
 
-    async def attempt(request: ProxyRequest) -> ProxyResponse:
+    def attempt(request: ProxyRequest) -> Awaitable[ProxyResponse]:
         above = current()
-        if above is None:
-            return await unobserved(forward(request))
+        return unobserved(forward(request)) if above is None else observed(request, above)
+
+    async def observed(request: ProxyRequest, above: RequestSpan) -> ProxyResponse:
         above.forwarded(request)
         route = request.route
         known = attributes.of_attempt(request, origin)
@@ -49,22 +51,23 @@ def attempts(forward: Forward, *, tracer: Tracer, origin: Origin, propagate: boo
             kind=SpanKind.CLIENT,
             attributes=above.shown(known),
         )
-        observed = Attempt(span, above, known, about=_about(route))
+        attempt = Attempt(span, above, known, about=_about(route))
         if request.resend_count and above.instruments is not None and above.waiting is not None:
             above.instruments.retry(above.failure or names.OTHER)
             # The pause was for Replicate's sake.
             above.waiting.seconds += perf_counter() - above.failed_at
-        sent = observed.counted(request)
+        sent = attempt.counted(request)
         if propagate and span.is_recording() and (own := traceparent(span.get_span_context())) is not None:
             sent = replace(sent, headers=(*sent.headers, (b"traceparent", own.encode())))
-        return await observed.run(forward(sent))
+        return await attempt.run(forward(sent), request.opened)
 
     return attempt
 
 
 async def unobserved(forwarding: Awaitable[ProxyResponse]) -> ProxyResponse:
     """What `forwarding` answers, for requests of which nothing is told by us: neither by others."""
-    attached = context.attach(context.set_value(_SUPPRESS, True))
+    around = context.get_current()
+    attached = context.attach(context.set_value(_SUPPRESS, True, around) if around else _SUPPRESSED)
     try:
         return await forwarding
     finally:
@@ -115,6 +118,7 @@ class Attempt:
         self._length = 0
         self._received: _Received | None = None
         self._response: ProxyResponse | None = None
+        self._closed = False
         self._started = perf_counter()
 
     def counted(self, request: ProxyRequest) -> ProxyRequest:
@@ -125,8 +129,12 @@ class Attempt:
         self._sent = _Counted(request.body)
         return replace(request, body=self._sent)
 
-    async def run(self, forwarding: Awaitable[ProxyResponse]) -> ProxyResponse:
-        """What `forwarding` answers, whose end will be that of the attempt."""
+    async def run(self, forwarding: Awaitable[ProxyResponse], opened: list[Opened]) -> ProxyResponse:
+        """What `forwarding` answers, whose end will be that of the attempt.
+
+        Args:
+            opened: what is closed when the exchange ends.
+        """
         about, waiting = self._about, self._above.waiting
         if about is not None and about.id:
             self._above.sighting = about
@@ -145,14 +153,27 @@ class Attempt:
         self._response = response
         copies = about is not None and 200 <= response.status < 300
         self._received = _Received(response.body, self._above, self._started, copies=copies, events=self._events)
-        return ProxyResponse(status=response.status, headers=response.headers, body=self._received, aclose=self._aclose)
+        body = response.body
+        if response.aclose is nothing_to_close and isinstance(body, Chunks) and (whole := body.at_hand) is not None:
+            self._received.take(whole)
+            closing: Opened = AtOnce(self._close)
+        else:
+            body, closing = self._received, self
+        opened.append(closing)
+        return ProxyResponse(status=response.status, headers=response.headers, body=body, aclose=closing.aclose)
 
-    async def _aclose(self) -> None:
+    async def aclose(self) -> None:
+        """Close the answer, which ends the attempt."""
         assert self._response is not None
-        assert self._received is not None
         try:
             await self._response.aclose()
         finally:
+            self._close()
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            assert self._received is not None
             self._end(*self._received.ended(), None)
 
     def _end(self, at: float, at_ns: int, error: BaseException | None) -> None:
@@ -300,6 +321,16 @@ class _Received:
             self.failed = True
             self._ended = perf_counter(), time.time_ns()
             raise
+        self._note(chunk)
+        return chunk
+
+    def take(self, whole: bytes) -> None:
+        """All of it is at hand, and passes another way."""
+        self._note(whole)
+        self.complete = True
+        self._ended = perf_counter(), time.time_ns()
+
+    def _note(self, chunk: bytes) -> None:
         self.size += len(chunk)
         if self._copied is not None:
             if self.size <= MAX_SIZE:
@@ -310,4 +341,3 @@ class _Received:
             self._events.feed(chunk)
             if self.first_data is None and self._events.first_data:
                 self.first_data = round(perf_counter() - self._started, 6)
-        return chunk

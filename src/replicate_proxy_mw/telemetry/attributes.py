@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ..exchange import ProxyRequest
@@ -15,8 +14,10 @@ from ..routing import Route
 from . import names
 from .names import FIXED
 from .prediction import Prediction
-from .prices import Cost
 from .scrub import Scrubber
+
+if TYPE_CHECKING:
+    from .prices import Cost
 
 Attributes = dict[str, str | int | float | bool]
 
@@ -48,8 +49,7 @@ def scrubbed(attributes: Attributes, scrub: Scrubber) -> Attributes:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Where attempts go: what each of their spans says of it."""
 
     url: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
@@ -16,7 +16,9 @@ from ..routing import STREAM, WEBHOOK, Route
 from . import names
 from .names import METRICS, OTHER
 from .prediction import Prediction
-from .prices import Cost
+
+if TYPE_CHECKING:
+    from .prices import Cost
 
 # Models that are told apart by name: they come from Replicate's answers, and so from callers.
 MAX_MODELS = 200
@@ -60,6 +62,8 @@ _making = threading.Lock()
 
 
 def _instruments(provider: MeterProvider) -> Instruments | None:
+    from importlib.metadata import version  # here, since it takes long
+
     if _is_the_api_s(provider):
         return None
     with _making:

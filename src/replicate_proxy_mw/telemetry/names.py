@@ -7,8 +7,7 @@ The reference in `docs/telemetry.md` is made from this module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 
@@ -16,8 +15,7 @@ Mark = Literal["S", "D", "C"]
 Kind = Literal["histogram", "counter", "up/down counter"]
 
 
-@dataclass(frozen=True, slots=True)
-class Attribute:
+class Attribute(NamedTuple):
     """`on`: the spans that may carry it, of `request`, `attempt` and `run`; none where it is a label alone."""
 
     name: str
@@ -26,8 +24,7 @@ class Attribute:
     meaning: str
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(NamedTuple):
     """`buckets` are upper bounds in `unit`; only histograms have some."""
 
     name: str

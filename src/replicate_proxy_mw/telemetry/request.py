@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanContext, StatusCode
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, StatusCode, TraceFlags
 
 from ..errors import ClientDisconnected, ProxyError, UpstreamAborted
 from ..exchange import ProxyRequest
@@ -88,8 +89,8 @@ class RequestSpan:
         span: Span,
         scope: Mapping[str, Any],
         route: Route,
-        *,
         template: str,
+        *,
         is_server: bool,
         instruments: Instruments | None,
         afterwards: list[Callable[[], Awaitable[None]]],
@@ -102,9 +103,8 @@ class RequestSpan:
         self.scrub = Scrubber.of(scope["headers"]) if self.observes else BARE
         self.said: dict[str, str] = {}
         self.notes: dict[str, bool | int | float | str] = {}
-        span_context = span.get_span_context()
-        self.traceparent = traceparent(span_context)
-        self.id = f"{random.getrandbits(128):032x}" if self.traceparent is None else self.traceparent[3:35]
+        self.traceparent = span.traceparent if type(span) is Named else traceparent(span.get_span_context())
+        self.id = random.randbytes(16).hex() if self.traceparent is None else self.traceparent[3:35]
         self._scope, self._template, self._is_server = scope, template, is_server
         self.afterwards, self._story = afterwards, story
         self._told: Attributes = {}
@@ -163,13 +163,13 @@ class RequestSpan:
         return attributes.scrubbed(told, self.scrub) | self.said
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._ended_at = time.time_ns()
-        seconds = perf_counter() - self._started
         if self._attached is not None:
             context.detach(self._attached)
         _current.reset(self._token)
         if not self.observes:
             return
+        self._ended_at = time.time_ns()
+        seconds = perf_counter() - self._started
         if error is not None:
             self._fail(error)
         self._conclude()
@@ -249,8 +249,33 @@ class RequestSpan:
             await afterward()
 
 
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+
+
+class Named(NonRecordingSpan):
+    """A span that is somewhere else, by its `traceparent`: taken apart when someone asks, which is an SDK."""
+
+    _read: SpanContext | None = None
+
+    def __init__(self, traceparent: str) -> None:
+        self.traceparent = traceparent
+
+    def get_span_context(self) -> SpanContext:
+        if self._read is None:
+            trace_id, span_id, flags = (int(part, 16) for part in self.traceparent.split("-")[1:])
+            self._read = SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags))
+        return self._read
+
+
+def named(traceparent: str | None) -> Named | None:
+    """The span of that `traceparent`; None if it has another version, or names none."""
+    return Named(traceparent) if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
+
+
 def traceparent(span_context: SpanContext) -> str | None:
     """W3C Trace Context, section 3.2; None where there is no trace."""
     if not span_context.is_valid:
         return None
-    return f"00-{span_context.trace_id:032x}-{span_context.span_id:016x}-{span_context.trace_flags:02x}"
+    # As a number in hex they take several times as long.
+    trace_id, span_id = span_context.trace_id.to_bytes(16), span_context.span_id.to_bytes(8)
+    return f"00-{trace_id.hex()}-{span_id.hex()}-{span_context.trace_flags:02x}"

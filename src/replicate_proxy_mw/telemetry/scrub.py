@@ -94,20 +94,20 @@ class Scrubber:
             text = self._without_encoded(text)
         # Single characters are quick to look for, and most texts have none of them.
         if "_" in text and ("r8_" in text or "whsec_" in text):
-            text = _TOKEN.sub(REDACTED, text)
+            text = re.sub(_TOKEN, REDACTED, text)
         if "J" in text and "eyJ" in text:
-            text = _JWT.sub(lambda found: REDACTED if found[1] else found[0], text)
+            text = re.sub(_JWT, lambda found: REDACTED if found[1] else found[0], text)
         if "-" in text and "sk-" in text:
-            text = _SK.sub(REDACTED, text)
+            text = re.sub(_SK, REDACTED, text)
         if ":" in text and "://" in text:
             if "@" in text:
-                text = _USERINFO.sub(f"://{REDACTED}:{REDACTED}@", text)
+                text = re.sub(_USERINFO, f"://{REDACTED}:{REDACTED}@", text)
             if text.find("://") != text.rfind(":"):
-                text = _CUT_USERINFO.sub(f"://{REDACTED}", text)
+                text = re.sub(_CUT_USERINFO, f"://{REDACTED}", text)
         if "=" in text and _has_any(_PARAMETERS, text):
-            text = _PARAMETER.sub(rf"\1={REDACTED}", text)
+            text = re.sub(_PARAMETER, rf"\1={REDACTED}", text)
         if (" " in text or "%20" in text) and _has_any(_SCHEMES, text):
-            text = _SCHEME.sub(rf"\1{REDACTED}", text)
+            text = re.sub(_SCHEME, rf"\1{REDACTED}", text)
         return text
 
     def without_known(self, text: str) -> str:
@@ -139,7 +139,7 @@ class Scrubber:
         if not any(head in plain for head in self._heads.values()):
             return text
         at, characters = [0], []
-        for found in _CHARACTER.finditer(text):
+        for found in re.finditer(_CHARACTER, text):
             characters.append(chr(int(found[1], 16)) if found[1] else found[2] or "")
             at.append(found.end())
         return self._without_known(text, "".join(characters), at)
@@ -158,18 +158,19 @@ class Scrubber:
         return "".join((*parts, text[at[done] :]))
 
 
+# Compiled by `re` for the first text that needs them: few do, and it takes long.
 # Every quantifier stops where the next match may begin, so that no text takes more than linear time.
 # The last alternative is half of one, where the text was cut.
-_CHARACTER = re.compile(r"%([0-9A-Fa-f]{2})|((?!%[0-9A-Fa-f]?\Z).)|%[0-9A-Fa-f]?", re.DOTALL)
-_TOKEN = re.compile(r"r8_[A-Za-z0-9_]{8,}|whsec_[A-Za-z0-9+/=_-]{8,}")
+_CHARACTER = r"(?s)%([0-9A-Fa-f]{2})|((?!%[0-9A-Fa-f]?\Z).)|%[0-9A-Fa-f]?"
+_TOKEN = r"r8_[A-Za-z0-9_]{8,}|whsec_[A-Za-z0-9+/=_-]{8,}"
 # The run before the first dot is taken in any case. With the first dot alone it was cut in its payload.
-_JWT = re.compile(r"eyJ[A-Za-z0-9_-]++((?:\.[A-Za-z0-9_-]*+){2,4}|\.eyJ[A-Za-z0-9_-]*+)?")
-_SK = re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}")
-_USERINFO = re.compile(r'://[^\s/?#"<>]*@')
+_JWT = r"eyJ[A-Za-z0-9_-]++((?:\.[A-Za-z0-9_-]*+){2,4}|\.eyJ[A-Za-z0-9_-]*+)?"
+_SK = r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}"
+_USERINFO = r'://[^\s/?#"<>]*@'
 # Behind the last colon of a text there is a port, or a password.
-_CUT_USERINFO = re.compile(r'://[^\s/?#"<>\[:@]*:[0-9]*[^\s/?#"<>@0-9][^\s/?#"<>@]*\Z')
+_CUT_USERINFO = r'://[^\s/?#"<>\[:@]*:[0-9]*[^\s/?#"<>@0-9][^\s/?#"<>@]*\Z'
 _PARAMETERS = ("sig", "cred", "token", "secret", "passw", "key")
-_PARAMETER = re.compile(
+_PARAMETER = (
     r"(?i)(?<![\w.%-])([\w.%-]*(?:signature|credential|token|secret|passw(?:or)?d|api_?key|accesskeyid)|sig)"
     r"=[^&\s\"'<>#;,]+"
 )
@@ -178,7 +179,7 @@ _MARKS = ("%", "=", "r8_", "whsec_", "eyJ", "sk-")
 _BARE_AUTHORITY = re.compile(r"://[^/\n]*(?:\n|\Z)")
 # "Token" and "Basic" are ordinary words, followed by others.
 _SCHEMES = ("bearer", "token", "basic")
-_SCHEME = re.compile(
+_SCHEME = (
     r"(?i)(?<![A-Za-z0-9])((?:bearer|(?:token|basic)(?=(?:\s|%20)+(?-i:[a-z._~+/=-]*[A-Z0-9])))(?:\s|%20)+)"
     r"[A-Za-z0-9._~+/=-]{8,}"
 )

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, StatusCode, TraceFlags, Tracer
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 
 from ..errors import StoreFailed
 from ..store import Ledger, StoredPrediction
 from . import attributes, content, names
 from .attributes import Attributes
 from .prediction import Prediction
-from .prices import Cost, PriceList
-from .request import RequestSpan, Sighting
+from .request import RequestSpan, Sighting, named
+
+if TYPE_CHECKING:
+    from .prices import Cost, PriceList
 
 # Seconds in which somebody else may know more of a prediction that has ended.
 GRACE = 2.0
@@ -34,8 +35,6 @@ MAX_DETAILS = 2048
 
 # Seconds since the epoch: OTLP has 64 bits for nanoseconds, and what does not fit spoils the whole export.
 MAX_TIME = 2.0**33
-
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 _json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -183,8 +182,8 @@ class Story:
     def _link(self, stored: StoredPrediction | None, sighting: Sighting, request: RequestSpan) -> None:
         if stored is None or sighting.by == "create":
             return
-        if (created := _span_context(stored.traceparent)) is not None:
-            request.span.add_link(created)
+        if (created := named(stored.traceparent)) is not None:
+            request.span.add_link(created.get_span_context())
         prediction = sighting.prediction
         # What was just created is starting, if nobody has looked.
         if sighting.by == "poll" and prediction is not None and prediction.status != (stored.status or "starting"):
@@ -294,8 +293,7 @@ class _Seen(NamedTuple):
     failed: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
+class _Run(NamedTuple):
     """A run to be told, `below` a span. `polls` is None where the store does not know the create."""
 
     prediction: Prediction
@@ -342,7 +340,7 @@ def _nanoseconds(moment: float) -> int:
 
 
 def _of_store(claimed: StoredPrediction, sighting: Sighting, prediction: Prediction, request: RequestSpan) -> _Run:
-    details, created = Details.of(claimed.details), _span_context(claimed.traceparent)
+    details, created = Details.of(claimed.details), named(claimed.traceparent)
     if sighting.by == "stream":
         prediction = replace(
             prediction,
@@ -356,20 +354,9 @@ def _of_store(claimed: StoredPrediction, sighting: Sighting, prediction: Predict
         prediction=prediction,
         sighting=sighting,
         # Its own span, where it is the create's, keeps both in one tree.
-        below=request.span
-        if created is None or claimed.traceparent == request.traceparent
-        else NonRecordingSpan(created),
+        below=request.span if created is None or claimed.traceparent == request.traceparent else created,
         tenant=claimed.tenant,
         caller=details.caller or {},
         polls=claimed.reads,
         capture=details.capture and request.may_capture,
     )
-
-
-def _span_context(traceparent: str | None) -> SpanContext | None:
-    found = _TRACEPARENT.fullmatch(traceparent or "")
-    if found is None:
-        return None
-    trace_id, span_id, flags = (int(part, 16) for part in found.groups())
-    created = SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags))
-    return created if created.is_valid else None
