@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Literal
 from urllib.parse import SplitResult, quote, urlsplit
 
@@ -154,7 +153,7 @@ class ProxyConfig:
                 raise ValueError(f"{option}: must be at least 1")
         if not 0 <= self.safe_retries <= MAX_ATTEMPTS:
             raise ValueError(f"safe_retries: must be from 0 to {MAX_ATTEMPTS}")
-        if self.fast and find_spec("httptools") is None:
+        if self.fast and not _is_installed("httptools"):
             raise ValueError("fast: needs httptools, of the extra of that name: replicate-proxy-mw[fast]")
         if self.public_url is not None:
             _check_url("public_url", self.public_url)
@@ -173,6 +172,12 @@ class ProxyConfig:
             raise ValueError("propagate_upstream: the caller's traceparent, of forward_headers, would go up beside it")
         if self.trust_traceparent not in ("parent", "link", "ignore"):
             raise ValueError("trust_traceparent: must be 'parent', 'link' or 'ignore'")
+
+
+def _is_installed(module: str) -> bool:
+    from importlib.util import find_spec  # late, since few ask
+
+    return find_spec(module) is not None
 
 
 def _names(option: str, value: Sequence[str]) -> Sequence[str]:

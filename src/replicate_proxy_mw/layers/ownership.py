@@ -5,7 +5,7 @@ What is not its own is answered like what does not exist, without asking Replica
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import NotOwned, UpstreamFailed
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse, where
@@ -74,15 +74,13 @@ async def _filtered(request: ProxyRequest, tenant: str, forward: Forward, ledger
     return for_one_caller(with_body(response, shown.encode()))
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(NamedTuple):
     start: int
     end: int
     id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Page:
+class _Page(NamedTuple):
     """A list's text, and where its results stand in it."""
 
     text: str

@@ -25,12 +25,9 @@ from ..errors import (
 from ..event_loops import OfLoop
 from ..exchange import Chunks, ProxyRequest, ProxyResponse, nothing_to_close
 from .contract import ResponseBody
-from .transport import PooledTransport
 
 if TYPE_CHECKING:
-    from .fast import FastTransport
-
-    _Own = PooledTransport | FastTransport
+    from .transport import PooledTransport
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -49,6 +46,8 @@ class Upstream:
     def __init__(self, config: ProxyConfig, transport: httpx.AsyncBaseTransport | None) -> None:
         self._upstream = config.upstream
         self._given = transport
+        if transport is None:
+            _own(config)  # imported now, so that the first request need not wait for it
         self._opened = OfLoop(partial(_open, config))
         self._origin = httpx.URL(config.upstream)
         self._base = self._origin.raw_path.rstrip(b"/")
@@ -107,7 +106,9 @@ class Upstream:
     # Both return errors: the traceback of one that is raised would show the token, and so would the transport's own as
     # its context.
 
-    async def _exchanged(self, transport: _Own, request: ProxyRequest, target: bytes) -> ProxyResponse | ProxyError:
+    async def _exchanged(
+        self, transport: PooledTransport, request: ProxyRequest, target: bytes
+    ) -> ProxyResponse | ProxyError:
         sent = self._headers(request)
         # What is derived from it wants to know when its reading begins, which is when there is a connection.
         body = request.body.at_hand if type(request.body) is Chunks else None
@@ -171,13 +172,19 @@ class Upstream:
             await opened.aclose()
 
 
-def _open(config: ProxyConfig) -> _Own:
+def _open(config: ProxyConfig) -> PooledTransport:
+    return _own(config)(origin=config.upstream, max_connections=config.max_connections)
+
+
+def _own(config: ProxyConfig) -> type[PooledTransport]:
+    # Imported where one is wanted: h11 takes long, and `fast` is of an extra.
     if config.fast:
-        # Of an extra, which need not be there.
         from .fast import FastTransport
 
-        return FastTransport(origin=config.upstream, max_connections=config.max_connections)
-    return PooledTransport(origin=config.upstream, max_connections=config.max_connections)
+        return FastTransport
+    from .transport import PooledTransport
+
+    return PooledTransport
 
 
 def _framing(request: ProxyRequest) -> tuple[tuple[bytes, bytes], ...]:
