@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from . import routing
 from .exchange import Chunks, ProxyRequest, ProxyResponse
+from .headers import HeaderList
 
 Message = TypeVar("Message", ProxyRequest, ProxyResponse)
 
@@ -36,10 +37,18 @@ _OF_THE_BYTES_OR_CACHES = _OF_THE_BYTES | {b"cache-control"}
 _FIRST_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]+)"\s*[,}]')
 
 
+def plainly(headers: HeaderList) -> HeaderList:
+    """The headers of a request for an answer that is whole and not encoded."""
+    return (*[pair for pair in headers if pair[0] not in _NOT_UP], _IDENTITY)
+
+
 def asking_for_plain(request: ProxyRequest) -> ProxyRequest:
     """`request` for an answer that is whole and not encoded."""
-    headers = (*[pair for pair in request.headers if pair[0] not in _NOT_UP], _IDENTITY)
-    return request if headers == request.headers else request.with_headers(headers)
+    headers = request.headers
+    if headers and headers[-1] is _IDENTITY:
+        return request  # `plainly` made them
+    asking = plainly(headers)
+    return request if asking == headers else request.with_headers(asking)
 
 
 def asking_for(request: ProxyRequest, target: str) -> ProxyRequest:

@@ -16,10 +16,11 @@ from .egress import Reply, complete, render
 from .errors import BadRequest, ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
 from .exchange import Chunks, Layer, Opened, ProxyRequest, nothing_to_close
 from .ingress import RequestBody, while_connected
+from .json_bodies import plainly
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
 from .layers.in_flight import limit_in_flight
-from .layers.links import rewrite_links
+from .layers.links import are_rewritten, rewrite_links
 from .layers.model_rules import check_models
 from .layers.ownership import own_predictions
 from .layers.recording import record_creations
@@ -270,6 +271,8 @@ class ReplicateProxyMiddleware:
         caller = portkey.read(scope["headers"])
         span.caller(caller)
         kept = headers.up(scope["headers"], self._forward_headers)
+        if are_rewritten(route, scope["method"]):
+            kept = plainly(kept)
         declared = headers.length(scope["headers"])
         if caller.api_key is None and self._config.require_key:
             raise KeyMissing()

@@ -84,7 +84,7 @@ def rewrite_links(
 
             rewrite = _rewrite(request, link, stream if stream_path else None)
             response = await forward(request if rewrite is None else asking_for_plain(request))
-            if b"location" in dict(response.headers):
+            if any([name == b"location" for name, _ in response.headers]):
                 response = _located(response, link, one_caller=one_caller)
             if rewrite is None or not is_readable(response):
                 return response
@@ -145,22 +145,27 @@ def _is_host(value: str) -> bool:
     return int(port or 0) < 1 << 16
 
 
+def are_rewritten(route: routing.Route, method: str) -> bool:
+    """Whether answers to such requests are looked at."""
+    operation = route.details
+    if operation is None or method == "HEAD":
+        return False
+    return operation.id in LISTS or (operation.creates or operation.reads) in ("prediction", "training")
+
+
 def _rewrite(
     request: ProxyRequest, link: Edit, stream: Callable[[str, str], str | None] | None
 ) -> Callable[[str], str] | None:
     """What is done to the answer's text, None if that is not looked at."""
     operation = request.route.details
-    if operation is None or request.method == "HEAD":
+    if operation is None or not are_rewritten(request.route, request.method):
         return None
     if operation.id in LISTS:
         return partial(rewritten, edits={"next": link, "previous": link})
     edits = {"get": link, "cancel": link}
-    match operation.creates or operation.reads:
-        case "prediction" if stream:
-            return lambda text: rewritten(text, edits={**edits, "stream": lambda old: stream(old, text)}, within="urls")
-        case "prediction" | "training":
-            return partial(rewritten, edits=edits, within="urls")
-    return None
+    if stream is None or "prediction" not in (operation.creates, operation.reads):
+        return partial(rewritten, edits=edits, within="urls")
+    return lambda text: rewritten(text, edits={**edits, "stream": lambda old: stream(old, text)}, within="urls")
 
 
 def rewritten(text: str, *, edits: Mapping[str, Edit], within: str | None = None) -> str:
