@@ -96,24 +96,23 @@ def complete(response: ProxyResponse, *, method: str, trace_id: str) -> ProxyRes
     been received. Portkey's SDK for Python fails without a content type even at a 204, the one for Node with a JSON
     type there; with parameters after `text/event-stream` the former takes a stream for JSON.
     """
-    content_type, bodiless = b"", response.status == 204
-    headers: list[tuple[bytes, bytes]] = [(b"content-type", b"")]
-    for pair in response.headers:
-        name, value = pair
-        if name == b"content-type":
-            content_type = content_type or value
-        elif name != b"x-should-retry":
-            headers.append(pair)
-            bodiless = bodiless or (name == b"content-length" and value == b"0")
+    sent = dict(reversed(response.headers))
+    content_type = sent.get(b"content-type", b"")
+    headers = [pair for pair in response.headers if pair[0] not in _SET_HERE]
     if b"event-stream" in content_type.lower() and _media_type(content_type) == b"text/event-stream":
         content_type = b"text/event-stream"
     elif not content_type and response.status != 304:
+        bodiless = response.status == 204 or sent.get(b"content-length") == b"0"
         content_type = b"text/plain" if bodiless else b"application/octet-stream"
-    headers[0:1] = [(b"content-type", content_type)] if content_type else []
+    if content_type:
+        headers.insert(0, (b"content-type", content_type))
     if (response.status >= 500 or response.status in (408, 409)) and method not in IDEMPOTENT:
         headers.append((b"x-should-retry", b"false"))
-    headers += portkey.answer(trace_id=trace_id, sent={name for name, _ in headers})
+    headers += portkey.answer(trace_id=trace_id, sent=sent)
     return ProxyResponse(status=response.status, headers=tuple(headers), body=response.body, aclose=response.aclose)
+
+
+_SET_HERE = frozenset((b"content-type", b"x-should-retry"))
 
 
 def _media_type(content_type: bytes) -> bytes:
