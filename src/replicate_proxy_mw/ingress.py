@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from .event_loops import asyncio_task
 from .waiting import Waiting
 
 if TYPE_CHECKING:
-    from asgiref.typing import ASGIReceiveCallable
+    from asgiref.typing import ASGIReceiveCallable, ASGIReceiveEvent
 
 logger = logging.getLogger("replicate_proxy_mw")
 
@@ -45,7 +44,8 @@ class RequestBody:
     def __init__(self, receive: ASGIReceiveCallable) -> None:
         self._receive = receive
         self._declared: int | None = None
-        self._chunks: deque[bytes] = deque()
+        # No deque, which takes as much as the rest of a held request's body.
+        self._chunks: list[bytes] = []
         self._more = True
         self._reading: object | None = None
         self._abandoned = False
@@ -68,11 +68,15 @@ class RequestBody:
             ClientDisconnected: there is nobody to read from.
         """
         self._declared = declared
-        if self.waiting is None:
-            await self._read()
-        else:
-            with self.waiting:
-                await self._read()
+        try:
+            if self.waiting is None:
+                self._take_in(await self._receive())
+            else:
+                with self.waiting:
+                    self._take_in(await self._receive())
+        except Exception as error:
+            self._fail(error)
+            raise
         if self.disconnected:
             raise ClientDisconnected()
         if self._mismatch is not None:
@@ -87,7 +91,7 @@ class RequestBody:
         """A body that came with the first message, which is then read; else None."""
         if self._more:
             return None
-        return self._chunks.popleft() if self._chunks else b""
+        return self._chunks.pop(0) if self._chunks else b""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return _Reading(self)
@@ -112,7 +116,7 @@ class RequestBody:
                 raise StopAsyncIteration
             with self.waiting or nullcontext():
                 await self._change()
-        chunk = self._chunks.popleft()
+        chunk = self._chunks.pop(0)
         self._notify()
         return chunk
 
@@ -128,19 +132,18 @@ class RequestBody:
             while self._more and len(self._chunks) >= AHEAD:
                 await self._change()
             try:
-                await self._read()
-            except Exception:
+                self._take_in(await self._receive())
+            except Exception as error:
+                self._fail(error)
                 return False
         return True
 
-    async def _read(self) -> None:
-        try:
-            message = await self._receive()
-        except Exception as error:
-            # A limit on the rest of an upload that nobody reads is nobody's concern.
-            self.failure = None if self._abandoned else error
-            self._notify()
-            raise
+    def _fail(self, error: Exception) -> None:
+        # A limit on the rest of an upload that nobody reads is nobody's concern.
+        self.failure = None if self._abandoned else error
+        self._notify()
+
+    def _take_in(self, message: ASGIReceiveEvent) -> None:
         if message["type"] != "http.request":
             self.disconnected = True
         else:
@@ -179,9 +182,9 @@ class _Reading:
         return await self._body.take(self)
 
 
-async def while_connected(
+def while_connected(
     body: RequestBody, relay: Callable[[], Awaitable[None]], *, ending: Callable[[], bool]
-) -> None:
+) -> Awaitable[None]:
     """Run `relay` until it is done or the caller leaves; once it is `ending`, until it is done.
 
     Servers report a departure as soon as an answer is complete, hypercorn while it still sends the last message: to
@@ -195,7 +198,7 @@ async def while_connected(
         ProxyError: `relay` was cancelled by something that it waited for.
     """
     task = asyncio_task()
-    await (_in_group(body, relay, ending) if task is None else _in_task(task, body, relay, ending))
+    return _in_group(body, relay, ending) if task is None else _in_task(task, body, relay, ending)
 
 
 async def _in_task(
@@ -232,7 +235,7 @@ class _Lookout:
     def __init__(self, scope: anyio.CancelScope, body: RequestBody, ending: Callable[[], bool]) -> None:
         self._scope, self._body, self._ending = scope, body, ending
         self._loop = asyncio.get_running_loop()
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[bool] | None = None
         self._timer: asyncio.TimerHandle | None = None
         if body.complete:
             self._timer = self._loop.call_later(PATIENCE, self._begin)
@@ -240,10 +243,11 @@ class _Lookout:
             self._begin()
 
     def _begin(self) -> None:
-        self._watching = self._loop.create_task(self._watch())
+        self._watching = self._loop.create_task(self._body.watch())
+        self._watching.add_done_callback(self._act)
 
-    async def _watch(self) -> None:
-        if await self._body.watch() and not self._ending():
+    def _act(self, watching: asyncio.Task[bool]) -> None:
+        if not watching.cancelled() and watching.result() and not self._ending():
             self._scope.cancel()
 
     async def end(self) -> None:
