@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -108,3 +109,10 @@ def test_secrets_are_neither_printed_nor_repeated() -> None:
 def test_nothing_of_what_is_nobody_s_business_is_told_by_default() -> None:
     config = ProxyConfig()
     assert (config.propagate_upstream, config.capture_content, list(config.webhook_secrets)) == (False, None, [])
+
+
+def test_the_fast_transport_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ProxyConfig(fast=True).fast
+    monkeypatch.setitem(sys.modules, "httptools", None)
+    with pytest.raises(ValueError, match=r"^fast: needs httptools"):
+        ProxyConfig(fast=True)

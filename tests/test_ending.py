@@ -8,6 +8,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from replicate_proxy_mw import ending
+from replicate_proxy_mw.exchange import AtOnce
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +51,19 @@ async def test_what_fails_or_hangs_keeps_no_other_open(
     await ending.close([Opened(step) for step in steps])
     assert ran == ["c", "b", "a"]
     assert caplog.messages == ["closing an answer failed: ZeroDivisionError"]
+
+
+async def test_what_needs_no_waiting_is_closed_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    ran: list[str] = []
+
+    def fails() -> None:
+        raise ZeroDivisionError("hunter2")
+
+    await ending.close([AtOnce(lambda: ran.append("a")), AtOnce(fails), Opened(_step(ran, "b"))])
+    assert ran == ["a", "b"]
+    assert caplog.messages == ["closing an answer failed: ZeroDivisionError"]
+    await AtOnce(lambda: ran.append("c")).aclose()
+    assert ran[-1] == "c"
 
 
 @pytest.mark.parametrize("end", ["close", "run"])

@@ -37,7 +37,7 @@ from tests.raw_upstream import Connection, RawUpstream, answer_all
 from tests.tenants import HELLO_WORLD, Switched
 from tests.webhooks import Host
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_transport")]
 
 
 def _error(caller: Caller) -> dict[str, Any]:

@@ -531,7 +531,7 @@ async def test_neither_is_an_answer_that_is_taken_slowly(
     app = proxy(upstream.url, meter_provider=provider)
     await Slow().call(app, ACCOUNT)
     await app.aclose()
-    assert _times(reader) == [3 * WAIT, 0.0]
+    assert _times(reader) == [2 * WAIT, 0.0]
 
 
 @pytest.mark.anyio

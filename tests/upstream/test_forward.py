@@ -28,7 +28,7 @@ from replicate_proxy_mw.upstream.forward import _AS_IT_IS
 from tests.raw_asgi import TOKEN, Arriving
 from tests.raw_upstream import Connection, RawUpstream
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_transport")]
 
 
 def _request(method: str = "GET", target: str = "/x", body: Any = None, **more: Any) -> ProxyRequest:
