@@ -27,6 +27,7 @@ from replicate_proxy_mw.upstream import Upstream
 from replicate_proxy_mw.upstream.forward import _AS_IT_IS
 from tests.raw_asgi import TOKEN, Arriving
 from tests.raw_upstream import Connection, RawUpstream
+from tests.tracebacks import locals_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_transport")]
 
@@ -331,3 +332,29 @@ async def test_a_transport_of_its_own_is_opened_again_after_closing(upstream: Ra
     for _ in range(2):
         assert await _exchange(transport, _request()) == b"{}"
     assert len(upstream.connections) == 2
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_who_cancels_does_not_find_the_token(upstream: RawUpstream, own: bool) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.wait_closed()
+
+    upstream.script = script
+    async with httpx.AsyncHTTPTransport() as transport_of_httpx:
+        to = _to(upstream) if own else Upstream(ProxyConfig(upstream=upstream.url), transport_of_httpx)
+        found: list[str] = []
+
+        async def forward() -> None:
+            try:
+                await to.forward(_request())
+            except anyio.get_cancelled_exc_class() as cancelled:
+                found.append(locals_of(cancelled))
+                raise
+
+        with anyio.move_on_after(0.1):
+            await forward()
+        await to.aclose()
+    [shown] = found
+    assert "Upstream" in shown
+    assert TOKEN not in shown

@@ -116,8 +116,12 @@ class Upstream:
             received = await transport.exchange(
                 request.method, target, sent, request.body if body is None else body, self.timeout
             )
-        except Exception as error:
-            return error.with_traceback(None) if isinstance(error, ProxyError) else classify(error)
+        except BaseException as error:
+            del sent  # a host that cancels may look into the frames
+            error.__traceback__ = None
+            if not isinstance(error, Exception):
+                raise
+            return error if isinstance(error, ProxyError) else classify(error)
         if isinstance(received.body, bytes):
             return self._answer(received.status, received.headers, Chunks((received.body,)), nothing_to_close)
         answer = Answer(received.body)
@@ -133,8 +137,12 @@ class Upstream:
             response = await transport.handle_async_request(
                 httpx.Request(request.method, url, headers=sent, stream=body, extensions={"timeout": self.timeout})
             )
-        except Exception as error:
-            return error.with_traceback(None) if isinstance(error, ProxyError) else classify(error)
+        except BaseException as error:
+            del sent
+            error.__traceback__ = None
+            if not isinstance(error, Exception):
+                raise
+            return error if isinstance(error, ProxyError) else classify(error)
         assert isinstance(response.stream, httpx.AsyncByteStream)
         return await self._open_answer(response.status_code, response.headers.raw, Answer(response.stream))
 
