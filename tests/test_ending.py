@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -105,28 +104,3 @@ async def test_all_together_have_their_time(monkeypatch: pytest.MonkeyPatch) -> 
 async def test_nothing_to_do() -> None:
     await ending.close([])
     await ending.run([])
-
-
-def test_a_task_that_is_cancelled_twice_ends_all_the_same() -> None:
-    async def main() -> None:
-        ran: list[str] = []
-        is_closing = asyncio.Event()
-
-        async def slowly() -> None:
-            is_closing.set()
-            await asyncio.sleep(0.05)
-            ran.append("slowly")
-
-        exchange = asyncio.create_task(ending.close([Opened(_step(ran, "a")), Opened(slowly)]))
-        await is_closing.wait()
-        for _ in range(2):
-            exchange.cancel()
-            await asyncio.sleep(0.01)
-        assert exchange.cancelled()
-        assert len(ending._closing) == 1
-        await asyncio.wait(ending._closing)
-        assert ran == ["slowly", "a"]
-        await asyncio.sleep(0)
-        assert not ending._closing
-
-    asyncio.run(main())

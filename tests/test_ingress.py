@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from traceback import TracebackException
 from typing import Any
 
 import anyio
@@ -326,6 +327,59 @@ class Asyncio:
             await asyncio.sleep(10)
         finally:
             self.is_left.set()
+
+
+def _frames(error: BaseException) -> list[str]:
+    return [frame.name for frame in TracebackException.from_exception(error).stack]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_host_s_task_that_is_cancelled_interrupts_nothing_that_is_shielded(times: int) -> None:
+    async def main() -> None:
+        ran = []
+        begun = asyncio.Event()
+        body = _body(Caller())
+        await body.begin()
+
+        async def relay() -> None:
+            try:
+                begun.set()
+                await asyncio.sleep(10)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await asyncio.sleep(0.05)
+                    ran.append("recorded")
+
+        async def host() -> None:
+            await while_connected(body, relay, ending=_not_yet)
+
+        exchange = asyncio.create_task(host())
+        await begun.wait()
+        for _ in range(times):
+            exchange.cancel()
+            await asyncio.sleep(0.01)
+        with pytest.raises(asyncio.CancelledError) as raised:
+            await exchange
+        assert ran == ["recorded"]
+        # Who cancels is shown nothing of what was on its way.
+        assert "_end_of" in _frames(raised.value)
+        assert "relay" not in _frames(raised.value)
+
+    asyncio.run(main())
+
+
+def test_a_host_s_timeout_is_its_own() -> None:
+    async def main() -> None:
+        body = _body(Caller())
+        await body.begin()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await while_connected(body, anyio.sleep_forever, ending=_not_yet)
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    asyncio.run(main())
 
 
 def test_a_caller_who_left_leaves_the_host_s_task_uncancelled() -> None:

@@ -14,7 +14,7 @@ from . import ending, headers, portkey, routing
 from .config import ProxyConfig
 from .egress import Reply, complete, render
 from .errors import BadRequest, ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
-from .exchange import Chunks, Layer, Opened, ProxyRequest, nothing_to_close
+from .exchange import Chunks, Layer, ProxyRequest, nothing_to_close
 from .ingress import RequestBody, while_connected
 from .json_bodies import plainly
 from .keys import KeyRequest, KeyResolver, resolve
@@ -48,9 +48,7 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 # An endpoint of our own: what it does for a request before it is watched, and then. The path is handed over, not bound:
 # that of a stream may be read by whoever has it, and a traceback shows what is bound.
-_Own = Callable[
-    [Mapping[str, Any], str, RequestBody, Reply, RequestSpan, list[Opened]], Awaitable[Callable[[], Awaitable[None]]]
-]
+_Own = Callable[[Mapping[str, Any], str, RequestBody, Reply, RequestSpan], Awaitable[Callable[[], Awaitable[None]]]]
 
 _CLOSING = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 
@@ -225,19 +223,15 @@ class ReplicateProxyMiddleware:
         with self._telemetry.request(scope, route, afterwards) as span:
             body.waiting = reply.waiting = span.waiting
             failure: Exception | None = None
-            opened: list[Opened] = []
             try:
                 if own is not None:
-                    relay = await own(scope, path, body, reply, span, opened)
+                    relay = await own(scope, path, body, reply, span)
                 else:
-                    request = await self._admit(scope, path, route, body, span, opened, afterwards, repaired)
+                    request = await self._admit(scope, path, route, body, span, afterwards, repaired)
                     relay = partial(self._relay, request, body, reply, span.id)
                 await while_connected(body, relay, ending=reply.is_ending)
             except Exception as error:
                 failure = error
-            finally:
-                if opened:
-                    await ending.close(opened)
             try:
                 # Not within `except`: what the server's `send` raises would carry it along as its context.
                 if failure is not None:
@@ -261,7 +255,6 @@ class ReplicateProxyMiddleware:
         route: routing.Route,
         body: RequestBody,
         span: RequestSpan,
-        opened: list[Opened],
         afterwards: list[Callable[[], Awaitable[None]]],
         repaired: bool,
     ) -> ProxyRequest:
@@ -318,18 +311,20 @@ class ReplicateProxyMiddleware:
             traceparent=span.traceparent,
             notes=span.notes,
             afterwards=afterwards,
-            opened=opened,
         )
 
     async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply, request_id: str) -> None:
-        response = await self._forward(request)
-        closing = getattr(response.aclose, "__self__", response)
-        if response.aclose is not nothing_to_close and closing not in request.opened:
-            # Of a layer's own making: what has come from Replicate is there already.
-            request.opened.append(response)
-        body.abandon()
-        trace_id = request.portkey.trace_id or request_id
-        await reply.relay(complete(response, method=request.method, trace_id=trace_id))
+        try:
+            response = await self._forward(request)
+            if response.aclose is not nothing_to_close and all(one.aclose != response.aclose for one in request.opened):
+                # Of a layer's own making: what has come from Replicate is there already.
+                request.opened.append(response)
+            body.abandon()
+            trace_id = request.portkey.trace_id or request_id
+            await reply.relay(complete(response, method=request.method, trace_id=trace_id))
+        finally:
+            if request.opened:
+                await ending.close(request.opened)
 
     async def _stream(
         self,
@@ -339,7 +334,6 @@ class ReplicateProxyMiddleware:
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,
-        opened: list[Opened],
     ) -> Callable[[], Awaitable[None]]:
         await body.begin()
         body.abandon()
@@ -356,8 +350,10 @@ class ReplicateProxyMiddleware:
                 port=stream.url.port or 443,
                 prediction_id=stream.id,
             )
-            opened.append(response)
-            await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
+            try:
+                await reply.relay(complete(response, method=scope["method"], trace_id=span.id))
+            finally:
+                await ending.close([response])
 
         return relay
 
@@ -369,7 +365,6 @@ class ReplicateProxyMiddleware:
         body: RequestBody,
         reply: Reply,
         span: RequestSpan,
-        _opened: list[Opened],
     ) -> Callable[[], Awaitable[None]]:
         await body.begin(headers.length(scope["headers"]))
 

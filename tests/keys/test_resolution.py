@@ -170,3 +170,15 @@ async def test_what_is_remembered_needs_no_waiting_and_what_is_not_is_asked_for(
     for api_key in ("pk-1", "pk-1", "", ""):
         assert await resolve(resolver, replace(REQUEST, api_key=api_key), seconds=1)
     assert asked == ["pk-1", "", ""]
+
+
+async def test_a_host_s_resolver_with_a_method_of_that_name_is_awaited() -> None:
+    class Own:
+        def _at_once(self, request: KeyRequest) -> None:
+            raise AssertionError
+
+        async def __call__(self, request: KeyRequest) -> str:
+            return "r8_0123456789"
+
+    key = await resolve(Own(), REQUEST, seconds=1)
+    assert isinstance(key, ReplicateKey)

@@ -27,7 +27,7 @@ from replicate_proxy_mw import (
 from replicate_proxy_mw.errors import UpstreamAborted
 from replicate_proxy_mw.store import StoredPrediction
 from replicate_proxy_mw.telemetry import names
-from replicate_proxy_mw.telemetry.request import current, traceparent
+from replicate_proxy_mw.telemetry.request import current, named, traceparent
 from tests.raw_asgi import KEY, TOKEN, Caller, call, http_scope, proxy
 from tests.raw_upstream import Connection, RawUpstream
 from tests.telemetry.scenarios import Recorded, labels, of
@@ -443,3 +443,8 @@ async def test_what_comes_after_the_answer_is_no_part_of_the_request(
     for span in (spans.request, attempt):
         assert span.end_time is not None
         assert span.end_time <= asked
+
+
+def test_a_span_that_is_somewhere_else_can_be_printed() -> None:
+    sent = f"00-{'a' * 32}-{'b' * 16}-01"
+    assert repr(named(sent)) == f"Named({sent!r})"

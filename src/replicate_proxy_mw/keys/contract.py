@@ -126,7 +126,9 @@ def at_once(resolver: KeyResolver, request: KeyRequest) -> Answer | Later:
 
     Only our own can, by a method of that name. It is not inherited: a subclass may do more in its `__call__`.
     """
-    method = vars(type(resolver)).get("_at_once")
+    kind = type(resolver)
+    # Of ours alone: a host may have a method of that name.
+    method = vars(kind).get("_at_once") if kind.__module__.startswith("replicate_proxy_mw.") else None
     return LATER if method is None else method(resolver, request)
 
 

@@ -260,6 +260,9 @@ class Named(NonRecordingSpan):
     def __init__(self, traceparent: str) -> None:
         self.traceparent = traceparent
 
+    def __repr__(self) -> str:
+        return f"Named({self.traceparent!r})"
+
     def get_span_context(self) -> SpanContext:
         if self._read is None:
             trace_id, span_id, flags = (int(part, 16) for part in self.traceparent.split("-")[1:])
