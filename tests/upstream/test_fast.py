@@ -36,7 +36,7 @@ class _Cut:
         raise AssertionError
 
     def get_extra_info(self, info: str) -> Any:
-        return bool(self.pieces)
+        return {"is_readable": bool(self.pieces), "is_idle": not self.pieces}.get(info)
 
 
 async def _get(*pieces: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes, bool]:
@@ -85,6 +85,15 @@ async def test_a_body_may_be_longer_than_a_head() -> None:
 async def test_a_version_before_chunks_has_none(ended: bytes) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         await _get(HEAD.replace(b"1.1", b"1.0") + b"0\r\n" + ended)
+
+
+async def test_a_coding_is_what_the_parser_takes_it_for() -> None:
+    body = b"3\r\nabc\r\n0\r\n\r\n"
+    assert (await _get(HEAD.replace(b"chunked", b"Chunked  ") + body))[2:] == (b"abc", True)
+    connection = FastConnection(_Cut(HEAD.replace(b"chunked", b"chunked\t") + body))
+    # Not first a head, and chunks as its body.
+    with pytest.raises(httpx.RemoteProtocolError):
+        await connection.exchange("GET", b"/", [], b"", TIMEOUT)
 
 
 async def test_names_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import select
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,6 +20,7 @@ from tests.raw_upstream import Connection, RawUpstream
 pytestmark = pytest.mark.anyio
 
 asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+trio_only = pytest.mark.parametrize("anyio_backend", ["trio"])
 
 
 async def _open(upstream: RawUpstream, seconds: float | None = 5) -> NetworkStream:
@@ -92,6 +96,30 @@ async def test_the_end_is_seen_without_reading(upstream: RawUpstream, end: str) 
     await stream.aclose()
 
 
+async def _end_that_only_the_kernel_knows(upstream: RawUpstream) -> NetworkStream:
+    upstream.script = _waits
+    stream = await _open(upstream)
+    assert stream.get_extra_info("is_idle")
+    upstream.go_on.set()
+    # The loop has no turn meanwhile.
+    assert select.select([stream.get_extra_info("socket").fileno()], [], [], 5)[0]
+    return stream
+
+
+async def test_an_end_that_was_not_handed_on_yet_is_seen(upstream: RawUpstream) -> None:
+    stream = await _end_that_only_the_kernel_knows(upstream)
+    assert not stream.get_extra_info("is_idle")
+    await stream.aclose()
+
+
+@asyncio_only
+async def test_an_end_is_seen_without_poll(upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "poll")
+    stream = await _end_that_only_the_kernel_knows(upstream)
+    assert not stream.get_extra_info("is_idle")
+    await stream.aclose()
+
+
 async def test_what_came_before_the_end_is_read_first(upstream: RawUpstream) -> None:
     def script(connection: Connection) -> None:
         connection.send(b"abc")
@@ -118,6 +146,37 @@ async def test_a_write_ends_in_time(upstream: RawUpstream) -> None:
     stream = await _open(upstream)
     with pytest.raises(httpx.WriteTimeout):
         await stream.write(b"a" * 20_000_000, 0.1)
+    await stream.aclose()
+
+
+async def test_what_is_received_gives_a_write_no_more_time(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        while not connection.upstream.go_on.is_set():
+            connection.send(b"a")
+            time.sleep(0.01)
+
+    upstream.script = script
+    stream = await _open(upstream)
+    with anyio.fail_after(5), pytest.raises(httpx.WriteTimeout):
+        await stream.write(b"a" * 20_000_000, 0.3)
+    await stream.aclose()
+    upstream.go_on.set()
+
+
+@trio_only
+async def test_an_error_nobody_thought_of_does_not_say_that_nothing_was_sent(upstream: RawUpstream) -> None:
+    upstream.script = _waits
+    stream = await _open(upstream)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stream.read, 1, 5)
+        tasks.start_soon(stream.write, b"a" * 20_000_000, 5)
+        await anyio.wait_all_tasks_blocked()
+        # trio's BusyResourceError.
+        with pytest.raises(httpx.ReadError):
+            await stream.read(1, 5)
+        with pytest.raises(httpx.WriteError):
+            await stream.write(b"a", 5)
+        tasks.cancel_scope.cancel()
     await stream.aclose()
 
 
@@ -299,6 +358,18 @@ async def test_tls_with_one_who_hangs_up(upstream: RawUpstream) -> None:
     upstream.script = lambda connection: None
     with pytest.raises(httpx.ConnectError):
         await connect("127.0.0.1", upstream.port, ssl_context=ssl.create_default_context(), seconds=None)
+
+
+async def test_a_handshake_that_is_cancelled_leaves_nothing_open(upstream: RawUpstream) -> None:
+    upstream.script = _waits_closed
+    gc.disable()
+    try:
+        with anyio.move_on_after(0.05) as scope:
+            await connect("127.0.0.1", upstream.port, ssl_context=ssl.create_default_context(), seconds=5)
+        assert scope.cancelled_caught
+        assert await anyio.to_thread.run_sync(upstream.closed.wait, 2)
+    finally:
+        gc.enable()
 
 
 @asyncio_only

@@ -14,9 +14,12 @@ import pytest
 
 from replicate_proxy_mw.upstream import PooledTransport
 from replicate_proxy_mw.upstream.contract import Received
+from replicate_proxy_mw.upstream.fast import FastTransport
 from tests.raw_upstream import Connection, RawUpstream, answer_all
 
 pytestmark = pytest.mark.anyio
+
+both = pytest.mark.parametrize("kind", [PooledTransport, FastTransport])
 
 TIMEOUT = {"connect": 5.0, "read": 5.0, "write": 5.0, "pool": 5.0}
 
@@ -362,13 +365,63 @@ def secure(upstream: RawUpstream, certificate: Path) -> RawUpstream:
     return upstream
 
 
-async def test_over_tls(secure: RawUpstream, certificate: Path) -> None:
+def _to_secure(kind: type[PooledTransport], secure: RawUpstream, certificate: Path) -> PooledTransport:
     context = ssl.create_default_context(cafile=certificate)
-    transport = PooledTransport(origin=f"https://localhost:{secure.port}", max_connections=1, ssl_context=context)
+    return kind(origin=f"https://localhost:{secure.port}", max_connections=1, ssl_context=context)
+
+
+@both
+async def test_over_tls(
+    secure: RawUpstream, certificate: Path, kind: type[PooledTransport], anyio_backend_name: str
+) -> None:
+    transport = _to_secure(kind, secure, certificate)
     for _ in range(2):
         assert (await _get(transport, secure)).body == b"{}"
     await transport.aclose()
-    assert len(secure.connections) == 1
+    # trio cannot be asked whether TLS holds something back.
+    assert len(secure.connections) == (2 if anyio_backend_name == "trio" else 1)
+
+
+@both
+async def test_session_tickets_are_no_answer(
+    secure: RawUpstream, certificate: Path, kind: type[PooledTransport]
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            await anyio.sleep(0.01)
+            yield b"abc"
+
+    transport = _to_secure(kind, secure, certificate)
+    for _ in range(2):
+        headers = [(b"host", b"x"), (b"content-length", b"9")]
+        assert (await transport.exchange("POST", b"/", headers, pieces(), TIMEOUT)).body == b"{}"
+    await transport.aclose()
+    assert [received.body for received in secure.requests] == [b"abcabcabc"] * 2
+
+
+@both
+async def test_a_stray_record_answers_nobody(
+    secure: RawUpstream, certificate: Path, kind: type[PooledTransport]
+) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
+        connection.upstream.go_on.wait(5)
+        # Two records, which are there when the first of them is read.
+        connection.send(b"{}")
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nstray")
+        connection.upstream.ready.set()
+        answer_all(connection)
+
+    secure.script = script
+    transport = _to_secure(kind, secure, certificate)
+    received = await _get(transport, secure)
+    secure.go_on.set()
+    assert await anyio.to_thread.run_sync(secure.ready.wait, 5)
+    assert await _read(received) == b"{}"
+    secure.script = answer_all
+    assert await _read(await _get(transport, secure)) == b"{}"
+    await transport.aclose()
 
 
 async def test_a_stranger_s_certificate_is_refused(

@@ -529,6 +529,58 @@ async def test_an_answer_ends_an_upload(transport: PooledTransport, upstream: Ra
         await _still_works(transport)
 
 
+@pytest.mark.parametrize(
+    ("announced", "rest"),
+    [
+        ((b"content-length", b"2"), (b"b", b"")),
+        ((b"transfer-encoding", b"chunked"), (b"b",)),
+        ((b"transfer-encoding", b"chunked"), ()),
+    ],
+)
+async def test_who_answers_before_the_end_of_an_upload_is_not_asked_again(
+    transport: PooledTransport, upstream: RawUpstream, announced: tuple[bytes, bytes], rest: tuple[bytes, ...]
+) -> None:
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.send(OK)
+        connection.upstream.ready.set()
+        connection.wait_closed()
+
+    upstream.script = script
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"a"
+        await anyio.to_thread.run_sync(upstream.ready.wait, 5)
+        await anyio.sleep(0.02)
+        for piece in rest:
+            yield piece
+
+    assert await _body(await _ask(transport, "POST", headers=[announced], body=pieces())) == b"ok"
+    upstream.script = _always(OK)
+    await _still_works(transport)
+    assert len(upstream.connections) == 2
+
+
+async def test_who_answers_before_the_end_of_a_large_body_is_not_asked_again(
+    transport: PooledTransport, upstream: RawUpstream
+) -> None:
+    size = 20_000_000
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.send(OK)
+        while len(connection.buffer) < size and connection._more():
+            pass
+        connection.wait_closed()
+
+    upstream.script = script
+    received = await _ask(transport, "POST", headers=[(b"content-length", b"%d" % size)], body=b"x" * size)
+    assert await _body(received) == b"ok"
+    upstream.script = _always(OK)
+    await _still_works(transport)
+    assert len(upstream.connections) == 2
+
+
 async def test_an_interim_answer_does_not_end_an_upload(transport: PooledTransport, upstream: RawUpstream) -> None:
     def script(connection: Connection) -> None:
         connection.head()
@@ -624,6 +676,34 @@ async def test_a_slow_reader_slows_the_upstream(transport: PooledTransport, upst
     async for piece in received.body:
         size += len(piece)
     assert size == total
+
+
+async def test_closed_while_it_is_read_a_body_does_not_pass_for_whole(
+    transport: PooledTransport, upstream: RawUpstream
+) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 200 OK\r\n\r\nab")
+        connection.wait_closed()
+
+    upstream.script = script
+    body = (await _ask(transport)).body
+    assert not isinstance(body, bytes)
+    assert await anext(body) == b"ab"
+    raised = []
+
+    async def read() -> None:
+        with pytest.raises(httpx.ReadError) as error:
+            await anext(body)
+        raised.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        await body.aclose()
+    assert raised
+    upstream.script = _always(OK)
+    await _still_works(transport)
 
 
 async def test_a_slot_is_waited_for(transport: PooledTransport, upstream: RawUpstream) -> None:

@@ -22,7 +22,7 @@ READ_SIZE = 262144
 MAX_HEAD = 65536
 # More 1xx before an answer than any server has reason for.
 MAX_INTERIM = 10
-# With more than this the head goes first, and nothing is copied.
+# With more than this the head goes first, and the last so many bytes of the body alone.
 SMALL_BODY = 65536
 
 CHUNKED = -1
@@ -47,6 +47,7 @@ class FastConnection:
     """One request after the other: `exchange`, `more` until its end."""
 
     __slots__ = (
+        "_early",
         "_ended",
         "_failed",
         "_headers",
@@ -56,16 +57,18 @@ class FastConnection:
         "_pieces",
         "_reusable",
         "_silent",
+        "_single_use",
         "_status",
         "_stream",
     )
 
     def __init__(self, stream: NetworkStream) -> None:
         self._stream = stream
+        self._single_use = stream.get_extra_info("is_single_use")
         self._parser = httptools.HttpResponseParser(self)
 
     def is_usable(self) -> bool:
-        return not self._stream.get_extra_info("is_readable")
+        return bool(self._stream.get_extra_info("is_idle"))
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -90,8 +93,8 @@ class FastConnection:
         self._headers: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
         self._status = self._interim = self._silent = 0
-        self._ended = self._failed = False
-        self._reusable = True
+        self._ended = self._failed = self._early = False
+        self._reusable = not self._single_use
         seconds = timeouts.get("read")
         try:
             if isinstance(body, bytes):
@@ -120,7 +123,7 @@ class FastConnection:
 
     def is_reusable(self) -> bool:
         """Whether another request can follow: both sides have ended theirs, and no byte is left over."""
-        return self._reusable and self._ended
+        return self._reusable and self._ended and not self._early
 
     async def _send_whole(self, head: bytes, body: bytes, length: int, seconds: float | None) -> None:
         if length == CHUNKED:
@@ -131,11 +134,12 @@ class FastConnection:
             await self._stream.write(head + body, seconds)
         else:
             await self._stream.write(head, seconds)
-            await self._stream.write(body, seconds)
+            await self._stream.write(body[:-SMALL_BODY], seconds)
+            await self._write_on(body[-SMALL_BODY:], seconds)
 
     async def _send(self, body: AsyncIterable[bytes], length: int, timeouts: Mapping[str, float | None]) -> None:
         """Send the body until its end, or until there is an answer: who has answered does not wait for the rest."""
-        stream, seconds = self._stream, timeouts.get("write")
+        seconds = timeouts.get("write")
         left = length
         pieces = aiter(body)
         try:
@@ -143,26 +147,36 @@ class FastConnection:
                 if not piece:
                     # As a chunk it would be the last one.
                     continue
+                if left and await self._is_answered(timeouts):
+                    return
                 if length == CHUNKED:
                     piece = b"%x\r\n%b\r\n" % (len(piece), piece)
                 else:
                     left -= len(piece)
                     if left < 0:
                         raise httpx.LocalProtocolError("the body is longer than announced")
-                await stream.write(piece, seconds)
-                if left and stream.get_extra_info("is_readable"):
-                    await self._receive(timeouts.get("read"))
-                    if self._status:
-                        self._reusable = False
-                        return
+                await self._write_on(piece, seconds)
         finally:
             # A generator that is left half-way is closed late, and warned of under trio.
             if (close := getattr(pieces, "aclose", None)) is not None:
                 await close()
         if left > 0:
             raise httpx.LocalProtocolError("the body is shorter than announced")
-        if length == CHUNKED:
-            await stream.write(b"0\r\n\r\n", seconds)
+        if length == CHUNKED and not await self._is_answered(timeouts):
+            await self._write_on(b"0\r\n\r\n", seconds)
+
+    async def _write_on(self, data: bytes, seconds: float | None) -> None:
+        """Who has answered before the last of a body may close instead of reading it."""
+        self._early = not self._stream.get_extra_info("is_idle")
+        await self._stream.write(data, seconds)
+
+    async def _is_answered(self, timeouts: Mapping[str, float | None]) -> bool:
+        if not self._stream.get_extra_info("is_readable"):
+            return False
+        await self._receive(timeouts.get("read"))
+        if self._status:
+            self._reusable = False
+        return self._status > 0
 
     def _taken(self) -> bytes:
         pieces = self._pieces
@@ -204,10 +218,10 @@ class FastConnection:
         if self._status:
             # A trailer: the headers are with the caller already.
             return
-        value = value.strip()
-        if len(name) == 17 and name.lower() == b"transfer-encoding" and not self._is_chunked(value):
+        # Not by its stripped value: with a tab at its end the parser takes it for another coding.
+        if len(name) == 17 and name.lower() == b"transfer-encoding" and not self._is_chunked(value.strip(b" ")):
             raise ValueError("a transfer coding that was not asked for")
-        self._headers.append((name, value))
+        self._headers.append((name, value.strip()))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()

@@ -17,7 +17,7 @@ READ_SIZE = 65536
 MAX_HEAD = 100 * 1024
 # More 1xx before an answer than any server has reason for.
 MAX_INTERIM = 10
-# With more than this the head goes first, and nothing is copied.
+# With more than this the head goes first, and the last so many bytes of the body alone.
 SMALL_BODY = 65536
 
 _FRAMING = frozenset((b"content-length", b"transfer-encoding"))
@@ -40,16 +40,17 @@ class Answered(NamedTuple):
 class Http11Connection:
     """One exchange after the other: `exchange`, and `more` until the end."""
 
-    __slots__ = ("_h11", "_sent", "_stream")
+    __slots__ = ("_early", "_h11", "_sent", "_single_use", "_stream")
 
     _h11: h11.Connection
 
     def __init__(self, stream: NetworkStream) -> None:
         self._stream = stream
-        self._sent = False
+        self._single_use = stream.get_extra_info("is_single_use")
+        self._sent = self._early = False
 
     def is_usable(self) -> bool:
-        return not self._stream.get_extra_info("is_readable")
+        return bool(self._stream.get_extra_info("is_idle"))
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -70,12 +71,12 @@ class Http11Connection:
         """
         # A new one costs less than to start the next cycle.
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
-        self._sent = False
+        self._sent = self._early = False
         try:
             await self._send(method, target, headers, body, timeouts.get("write"))
         except (httpx.WriteError, httpx.WriteTimeout) as error:
             # Servers answer before an upload ends, and close or take no more: the answer is there to be read.
-            if isinstance(error, httpx.WriteTimeout) and self.is_usable():
+            if isinstance(error, httpx.WriteTimeout) and not self._stream.get_extra_info("is_readable"):
                 raise
         except h11.LocalProtocolError:
             raise httpx.LocalProtocolError("a head that is not allowed, or a body of another length") from None
@@ -108,9 +109,10 @@ class Http11Connection:
         raise httpx.RemoteProtocolError("malformed or incomplete body")
 
     def is_reusable(self) -> bool:
-        """Whether another exchange can follow: both sides have ended theirs, and no byte is left over."""
-        state = self._h11
-        return self._sent and state.their_state is h11.DONE and state.trailing_data == (b"", False)
+        """Whether another exchange can follow: both sides have ended theirs in turn, and no byte is left over."""
+        if self._single_use or self._early or not self._sent:
+            return False
+        return self._h11.their_state is h11.DONE and self._h11.trailing_data == (b"", False)
 
     async def _send(
         self,
@@ -140,7 +142,8 @@ class Http11Connection:
                 await self._stream.write(head + body, seconds)
             else:
                 await self._stream.write(head, seconds)
-                await self._stream.write(body, seconds)
+                await self._stream.write(body[:-SMALL_BODY], seconds)
+                await self._write_on(body[-SMALL_BODY:], seconds)
             self._sent = True
             return
         self._h11.send(h11.Request(method=method, target=b"/", headers=[_HOST, *framing]))
@@ -148,13 +151,19 @@ class Http11Connection:
         pieces = aiter(_once(body) if isinstance(body, bytes) else body)
         try:
             async for piece in pieces:
-                await self._stream.write(self._h11.send(h11.Data(data=piece)), seconds)
+                await self._write_on(self._h11.send(h11.Data(data=piece)), seconds)
         finally:
             # Left half-way it is closed late, and warned of under trio.
             if isinstance(pieces, AsyncGenerator):
                 await pieces.aclose()
-        await self._stream.write(self._h11.send(h11.EndOfMessage()), seconds)
+        await self._write_on(self._h11.send(h11.EndOfMessage()), seconds)
         self._sent = True
+
+    async def _write_on(self, data: bytes | None, seconds: float | None) -> None:
+        """Who has answered before the last of a body may close instead of reading it."""
+        if data:
+            self._early = not self._stream.get_extra_info("is_idle")
+            await self._stream.write(data, seconds)
 
     def _available(self) -> tuple[bytes, bool]:
         """The body as far as it has been received. An error behind it is found in the state of h11."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import ssl
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,9 @@ class NetworkStream(Protocol):
         ...
 
     def get_extra_info(self, info: str) -> Any:
-        """`is_readable`: whether there is something to read, be it the end."""
+        """`is_readable`: whether there is something to read, be it the end; False where that cannot be told.
+        `is_idle`: whether nothing at all has come, asked of the kernel too.
+        `is_single_use`: whether that cannot be told, and a next answer could be a stray one."""
         ...
 
 
@@ -173,7 +176,7 @@ class AsyncioStream(asyncio.Protocol):
                 raise httpx.ReadError("connection lost")
             if self._ended:
                 return b""
-            if not await self._wait(seconds):
+            if not await self._wait(self._after(seconds)):
                 raise httpx.ReadTimeout("nothing received in time")
         data = b"".join(self._chunks)
         self._chunks.clear()
@@ -191,8 +194,10 @@ class AsyncioStream(asyncio.Protocol):
         for start in range(0, len(buffer), HIGH_WATER):
             if not self._ended:
                 self._transport.write(buffer[start : start + HIGH_WATER])
+            # One for the whole piece: what is received meanwhile gives no more time.
+            deadline = self._after(seconds) if self._full else None
             while self._full and not self._ended:
-                if not await self._wait(seconds):
+                if not await self._wait(deadline):
                     raise httpx.WriteTimeout("nothing sent in time")
             # A failed send is told to the protocol only later.
             if self._ended or self._transport.is_closing():
@@ -210,15 +215,21 @@ class AsyncioStream(asyncio.Protocol):
     def get_extra_info(self, info: str) -> Any:
         if info == "is_readable":
             return self._ended or bool(self._chunks)
+        if info == "is_idle":
+            # An end that the loop has not handed on yet is an end, too.
+            return not (self._ended or self._chunks or _has_come(self._transport.get_extra_info("socket").fileno()))
         return self._transport.get_extra_info(info)
 
-    async def _wait(self, seconds: float | None) -> bool:
-        """Until something happens; False if nothing has in so many seconds.
+    def _after(self, seconds: float | None) -> float | None:
+        return None if seconds is None else self._loop.time() + seconds
+
+    async def _wait(self, deadline: float | None) -> bool:
+        """Until something happens; False if nothing has by then.
 
         A timer outlives the wait and serves the next: most never come to their end.
         """
-        if seconds is not None:
-            self._deadline = deadline = self._loop.time() + seconds
+        if deadline is not None:
+            self._deadline = deadline
             if self._timer is None or self._timer.when() > deadline:
                 if self._timer is not None:
                     self._timer.cancel()
@@ -277,6 +288,15 @@ class AsyncioStream(asyncio.Protocol):
         self._wake()
 
 
+def _has_come(fileno: int) -> bool:
+    # Windows has no poll, and its select has no highest number.
+    if not hasattr(select, "poll"):
+        return bool(select.select([fileno], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(fileno, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 async def _connect_trio(
     host: str, port: int, ssl_context: ssl.SSLContext | None, seconds: float | None
 ) -> NetworkStream:
@@ -284,45 +304,57 @@ async def _connect_trio(
 
     deadline = None if seconds is None else monotonic() + seconds
     try:
-        stream = await httpcore.TrioBackend().connect_tcp(host, port, seconds)
-        if ssl_context is not None:
-            left = None if deadline is None else max(0, deadline - monotonic())
-            stream = await stream.start_tls(ssl_context, host, left)
-        return _TrioStream(stream)
+        tcp = await httpcore.TrioBackend().connect_tcp(host, port, seconds)
+        if ssl_context is None:
+            return _TrioStream(tcp, secure=False)
+        left = None if deadline is None else max(0, deadline - monotonic())
+        try:
+            return _TrioStream(await tcp.start_tls(ssl_context, host, left), secure=True)
+        except BaseException:
+            # A handshake that is cancelled leaves it open.
+            await tcp.aclose()
+            raise
     except Exception as error:
-        failure = _as_httpx(error)
+        failure = _as_httpx(error, httpx.ConnectError)
     raise failure
 
 
 class _TrioStream:
     """httpcore's stream, with httpx's exceptions."""
 
-    __slots__ = ("_stream",)
+    __slots__ = ("_secure", "_stream")
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+    def __init__(self, stream: httpcore.AsyncNetworkStream, *, secure: bool) -> None:
         self._stream = stream
+        self._secure = secure
 
     async def read(self, max_bytes: int, seconds: float | None = None) -> bytes:
         try:
             return await self._stream.read(max_bytes, seconds)
         except Exception as error:
-            failure = _as_httpx(error)
+            failure = _as_httpx(error, httpx.ReadError)
         raise failure
 
     async def write(self, buffer: bytes, seconds: float | None = None) -> None:
         try:
             return await self._stream.write(buffer, seconds)
         except Exception as error:
-            failure = _as_httpx(error)
+            failure = _as_httpx(error, httpx.WriteError)
         raise failure
 
     async def aclose(self) -> None:
         await self._stream.aclose()
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        # Only the socket can be asked: it has session tickets, which are no answer, and lacks what TLS holds already.
+        if info == "is_single_use":
+            return self._secure
+        readable = not self._secure and self._stream.get_extra_info("is_readable")
+        if info == "is_readable":
+            return readable
+        return not readable if info == "is_idle" else self._stream.get_extra_info(info)
 
 
-def _as_httpx(error: Exception) -> httpx.TransportError:
-    named = getattr(httpx, type(error).__name__, httpx.ConnectError)
+def _as_httpx(error: Exception, otherwise: type[httpx.TransportError]) -> httpx.TransportError:
+    named: type[httpx.TransportError] = getattr(httpx, type(error).__name__, otherwise)
     return named(type(error).__name__)

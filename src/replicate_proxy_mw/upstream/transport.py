@@ -47,10 +47,10 @@ class PooledTransport(httpx.AsyncBaseTransport):
         target: bytes,
         headers: Sequence[tuple[bytes, bytes]],
         body: bytes | AsyncIterable[bytes],
-        timeout: Mapping[str, float],
+        timeouts: Mapping[str, float],
     ) -> Coroutine[Any, Any, Received]:
         assert self._origin is not None
-        return self._exchange(self._origin, method, target, headers, body, timeout)
+        return self._exchange(self._origin, method, target, headers, body, timeouts)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url, stream = request.url, request.stream
@@ -146,6 +146,9 @@ class _Body(httpx.AsyncByteStream):
         except BaseException:
             await self.aclose()
             raise
+        if self._connection is None:
+            # The end of what another task has closed looks like that of a body.
+            raise httpx.ReadError("closed while it was read")
         if ended:
             await self._release(self._connection.is_reusable())
         if content:
