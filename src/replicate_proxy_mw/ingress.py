@@ -191,7 +191,7 @@ def while_connected(
     cancel it then would leave its connection open.
 
     On asyncio nobody looks out for the departure until that has taken `PATIENCE`, unless the body is still on its way:
-    most answers are there sooner, and a task costs as much as the rest of the exchange.
+    most answers are there sooner, and need no second task.
 
     Raises:
         ClientDisconnected: the caller left before `relay` was done.
@@ -201,7 +201,7 @@ def while_connected(
 
 
 async def _on_asyncio(body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool]) -> None:
-    """A task group takes ten times as long for the same."""
+    """What a task group does, in fewer steps."""
     loop = asyncio.get_running_loop()
     # In a task of its own, which only this scope cancels: who cancels the host's task, however often, interrupts
     # nothing that is shielded, such as the record of what is paid, and is shown nothing of what was on its way.

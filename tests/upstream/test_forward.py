@@ -358,3 +358,13 @@ async def test_who_cancels_does_not_find_the_token(upstream: RawUpstream, own: b
     [shown] = found
     assert "Upstream" in shown
     assert TOKEN not in shown
+
+
+async def test_a_transport_of_the_host_s_that_fails() -> None:
+    class Failing(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            assert [chunk async for chunk in request.stream] == []  # type: ignore[union-attr]
+            raise httpx.ReadTimeout("late")
+
+    with pytest.raises(UpstreamTimeout):
+        await Upstream(ProxyConfig(), Failing()).forward(_request())
