@@ -25,10 +25,11 @@ def fake() -> Iterator[FakeReplicate]:
         yield fake
 
 
-@pytest.fixture(scope="module")
-def client(fake: FakeReplicate) -> Iterator[httpx.Client]:
+@pytest.fixture(scope="module", params=["default", "fast"])
+def client(fake: FakeReplicate, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     resolver = MappingKeyResolver({"pk-team-a": fake.token})
-    app = ReplicateProxyMiddleware(host, key_resolver=resolver, config=ProxyConfig(upstream=fake.url))
+    config = ProxyConfig(upstream=fake.url, fast=request.param == "fast")
+    app = ReplicateProxyMiddleware(host, key_resolver=resolver, config=config)
     with (
         serve(app, http="httptools") as served,
         httpx.Client(base_url=served.url, headers=HEADERS, timeout=60) as client,

@@ -21,7 +21,7 @@ from .upstream import held_streamed_large, small
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (*scenarios.CONCURRENCY, "sse", "down", "up", "held", "host", "import")
-SOCKETS = 10_000
+SOCKETS = 20_000
 OURS = [each.name for each in CONTESTANTS if each.ours]
 
 

@@ -1,4 +1,4 @@
-"""A bare host behind the proxy, for servers that are started as programs; its upstream is named by the environment."""
+"""A bare host behind the proxy, for servers started as programs; the environment names its upstream and transport."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import os
 
 from tests.raw_asgi import proxy
 
-app = proxy(os.environ["UPSTREAM"])
+app = proxy(os.environ["UPSTREAM"], options={"fast": os.environ.get("TRANSPORT") == "fast"})

@@ -37,13 +37,16 @@ def wait_for(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 @contextmanager
-def running(server: str, upstream: str) -> Iterator[int]:
+def running(server: str, upstream: str, transport: str = "default") -> Iterator[int]:
     """Run one of `SERVERS` with the proxy in front of `upstream`; yields its port once it listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", *(part.format(port=port) for part in SERVERS[server])]
     process = subprocess.Popen(
-        command, env=os.environ | {"UPSTREAM": upstream}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        env=os.environ | {"UPSTREAM": upstream, "TRANSPORT": transport},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     try:
         wait_for(process, port)

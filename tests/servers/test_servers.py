@@ -62,10 +62,11 @@ class Running:
         return time.monotonic() - started
 
 
-@pytest.fixture(scope="module", params=sorted(SERVERS))
+@pytest.fixture(scope="module", params=[(name, kind) for name in sorted(SERVERS) for kind in ("default", "fast")])
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
-    with RawUpstream(_play) as upstream, running(request.param, upstream.url) as port:
-        yield Running(request.param, port, upstream)
+    name, transport = request.param
+    with RawUpstream(_play) as upstream, running(name, upstream.url, transport) as port:
+        yield Running(name, port, upstream)
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,14 @@ class Kept:
         self.origin = origin
         self.usable = True
         self.closed = False
+        self.gone = anyio.Event()
 
     def is_usable(self) -> bool:
         return self.usable
 
     async def aclose(self) -> None:
         self.closed = True
+        self.gone.set()
         await anyio.lowlevel.checkpoint()
 
 
@@ -135,6 +137,38 @@ async def test_after_a_burst_their_number_falls(opening: Opening, monkeypatch: p
     await pool.release(taken[-1], ONE, reusable=True)
     assert await pool.acquire(ONE, {}) is taken[-1]
     assert [connection.closed for connection in taken] == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_a_burst_left_is_closed_though_nobody_comes(opening: Opening) -> None:
+    pool = opening.pool(max_connections=3, keepalive=0.05)
+    taken = [await pool.acquire(ONE, {}) for _ in range(3)]
+    for one in taken[:2]:
+        await pool.release(one, ONE, reusable=True)
+    await anyio.sleep(0.03)
+    await pool.release(taken[2], ONE, reusable=True)
+    for one in taken[:2]:
+        await one.gone.wait()
+    assert not taken[2].closed
+    await taken[2].gone.wait()
+    again = await pool.acquire(ONE, {})
+    assert again not in taken
+    await pool.release(again, ONE, reusable=True)
+    await again.gone.wait()
+    await _free(pool, 3)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_nothing_is_left_to_sweep_once_it_is_closed(opening: Opening) -> None:
+    pool, before = opening.pool(keepalive=0.01), asyncio.all_tasks()
+    one, other = [await pool.acquire(ONE, {}) for _ in range(2)]
+    await pool.release(one, ONE, reusable=True)
+    await one.gone.wait()
+    await pool.release(other, ONE, reusable=True)
+    await pool.aclose()
+    assert other.closed
+    await anyio.sleep(0.02)
+    assert asyncio.all_tasks() == before
 
 
 async def test_those_who_wait_are_served_in_order(opening: Opening) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
@@ -9,6 +10,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import anyio
 import httpx
+
+from ..event_loops import asyncio_task
 
 
 class Origin(NamedTuple):
@@ -36,7 +39,7 @@ class Pool(Generic[C]):
     Args:
         connect: opens one to an origin, within so many seconds.
         max_connections: at a time, in use and idle.
-        keepalive: seconds that one may be idle.
+        keepalive: seconds that one may be idle. On asyncio it is closed then; elsewhere when a later request comes.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Pool(Generic[C]):
         # All that are idle, the oldest first, and those of each origin.
         self._idle: OrderedDict[C, tuple[Origin, float]] = OrderedDict()
         self._stacks: dict[Origin, deque[C]] = {}
+        self._sweep: asyncio.TimerHandle | asyncio.Task[None] | None = None
         self._closed = False
 
     async def acquire(self, origin: Origin, timeouts: Mapping[str, float | None]) -> C:
@@ -78,6 +82,8 @@ class Pool(Generic[C]):
             if reusable and not self._closed:
                 self._idle[connection] = (origin, monotonic() + self._keepalive)
                 self._stacks.setdefault(origin, deque()).append(connection)
+                if self._sweep is None and asyncio_task() is not None:
+                    self._sweep_later(asyncio.get_running_loop())
             else:
                 await connection.aclose()
         finally:
@@ -86,6 +92,8 @@ class Pool(Generic[C]):
     async def aclose(self) -> None:
         """Close what is idle. What is in use is closed when it is given back."""
         self._closed = True
+        if isinstance(self._sweep, asyncio.TimerHandle):
+            self._sweep.cancel()
         with anyio.CancelScope(shield=True):
             while self._idle:
                 await self._oldest().aclose()
@@ -135,6 +143,23 @@ class Pool(Generic[C]):
         while len(self._idle) > self._free:
             await self._oldest().aclose()
         return await self._connect(origin, seconds)
+
+    def _sweep_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Or the sockets of a burst would stay as long as nobody comes."""
+        expires = next(iter(self._idle.values()))[1]
+        self._sweep = loop.call_later(max(0.0, expires - monotonic()), self._begin_to_sweep, loop)
+
+    def _begin_to_sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._sweep = loop.create_task(self._close_expired(loop))
+
+    async def _close_expired(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            while self._idle and next(iter(self._idle.values()))[1] <= monotonic():
+                await self._oldest().aclose()
+        finally:
+            self._sweep = None
+            if self._idle and not self._closed:
+                self._sweep_later(loop)
 
     def _oldest(self) -> C:
         connection, (origin, _) = self._idle.popitem(last=False)
