@@ -76,10 +76,24 @@ class ProxyConfig:
     """For DNS, TCP and TLS: three lost SYN packets still get through."""
 
     read_timeout: float = 75.0
-    """Between two reads of an answer: Replicate holds a create for up to 60 s (`Prefer: wait`)."""
+    """From the request's last byte until the whole head of the answer is here, and then between two reads of its body:
+    Replicate holds a create for up to 60 s (`Prefer: wait`). A `transport` that is given has it for any two reads."""
 
     write_timeout: float = 30.0
     """Until upstream takes a piece of an upload."""
+
+    body_timeout: float = 30.0
+    """Between two pieces of a caller's body, then 408: who sends no faster holds a connection for nothing."""
+
+    total_timeout: float | None = None
+    """For a whole request, from its key to its answer's last byte: 504, or a cut answer. None, since a stream or a
+    large file takes as long as it takes."""
+
+    max_body_size: int | None = None
+    """Bytes of a caller's body, then 413. None, since Replicate has limits of its own, and bodies are not held here."""
+
+    max_in_flight: int = 10_000
+    """Requests under way at a time, of all callers, then 503: a process with more has no sockets or memory left."""
 
     max_connections: int = 1000
     """To upstream: a held create keeps one for a minute. Raise the file limit of the process with it."""
@@ -139,6 +153,8 @@ class ProxyConfig:
             "connect_timeout",
             "read_timeout",
             "write_timeout",
+            "body_timeout",
+            "total_timeout",
             "connection_wait",
             "resolver_timeout",
             "store_timeout",
@@ -146,10 +162,12 @@ class ProxyConfig:
             "stream_timeout",
             "webhook_timeout",
         ):
-            if not getattr(self, option) > 0:
+            value = getattr(self, option)
+            if value is not None and not value > 0:
                 raise ValueError(f"{option}: must be more than 0 seconds")
-        for option in ("max_connections", "max_streams"):
-            if getattr(self, option) < 1:
+        for option in ("max_body_size", "max_in_flight", "max_connections", "max_streams"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
                 raise ValueError(f"{option}: must be at least 1")
         if not 0 <= self.safe_retries <= MAX_ATTEMPTS:
             raise ValueError(f"safe_retries: must be from 0 to {MAX_ATTEMPTS}")

@@ -12,6 +12,7 @@
     ├── StreamUnknown           404  stream_unknown
     ├── MethodNotAllowed        405  method_not_allowed
     ├── RequestTimeout          408  request_timeout         the caller's own limit
+    ├── BodyTimeout             408  body_timeout            the caller's body stopped coming
     ├── WebhookReplayed         409  webhook_replayed
     ├── CreateUnknown           409  create_unknown          the first one of its Idempotency-Key
     ├── StreamExpired           410  stream_expired
@@ -27,7 +28,8 @@
     ├── StoreFailed             503  store_failed
     ├── GuardrailFailed         503  guardrail_failed        a check, not what it checks
     ├── Overloaded              503  overloaded
-    └── UpstreamTimeout         504  upstream_timeout
+    ├── UpstreamTimeout         504  upstream_timeout
+    └── LoopDetected            508  loop_detected           `upstream` leads back here
 
     UpstreamAborted             the body of Replicate's answer was cut
 
@@ -169,6 +171,15 @@ class RequestTimeout(ProxyError):
 
     def __init__(self, seconds: float = 0) -> None:
         super().__init__(f"Request exceeded the timeout sent in the request: {seconds * 1000:.0f}ms")
+
+
+class BodyTimeout(ProxyError):
+    """Nothing more of the caller's body has come for `body_timeout`."""
+
+    status = 408
+    code = "body_timeout"
+    outcome = "bad_request"
+    message = "The request's body stopped coming; what has come of it may have been sent."
 
 
 class WebhookReplayed(ProxyError):
@@ -315,6 +326,15 @@ class UpstreamTimeout(ProxyError):
     code = "upstream_timeout"
     outcome = "upstream_timeout"
     message = "Replicate did not answer in time."
+
+
+class LoopDetected(ProxyError):
+    """The request has passed this proxy before (RFC 5842, section 7.2, has the number for it)."""
+
+    status = 508
+    code = "loop_detected"
+    outcome = "bad_request"
+    message = "This request has come through this proxy already: its upstream leads back to it."
 
 
 class UpstreamAborted(Exception):
