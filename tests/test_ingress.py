@@ -1,31 +1,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from traceback import TracebackException
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from replicate_proxy_mw import ingress
-from replicate_proxy_mw.errors import BadRequest, ClientDisconnected, ProxyError
+from replicate_proxy_mw.errors import (
+    BadRequest,
+    BodyTimeout,
+    BodyTooLarge,
+    ClientDisconnected,
+    ProxyError,
+    UpstreamTimeout,
+)
 from replicate_proxy_mw.event_loops import asyncio_task
-from replicate_proxy_mw.ingress import AHEAD, RequestBody, while_connected
+from replicate_proxy_mw.ingress import AHEAD, RequestBody, in_time, while_connected
 from replicate_proxy_mw.waiting import Waiting
-from tests.raw_asgi import Caller
+from tests.raw_asgi import TOKEN, Caller
+from tests.tracebacks import locals_of
 
 pytestmark = pytest.mark.anyio
 
 
-def _body(caller: Caller) -> RequestBody:
+def _body(caller: Caller, *, timeout: float = 5.0) -> RequestBody:
     receive: Any = caller.receive
-    return RequestBody(receive)
+    return RequestBody(receive, timeout=timeout)
 
 
 async def _all(body: RequestBody) -> list[bytes]:
     return [chunk async for chunk in body]
+
+
+async def _read(body: RequestBody, read: list[bytes]) -> None:
+    async for chunk in body:
+        read.append(chunk)
 
 
 def _not_yet() -> bool:
@@ -141,6 +156,237 @@ async def test_a_body_that_turns_out_not_to_have_its_length(declared: int) -> No
             await _all(body)
 
 
+async def test_a_body_that_is_said_to_be_too_long_is_not_read() -> None:
+    caller = Caller([b"abc"])
+    with pytest.raises(BodyTooLarge, match="max_body_size: a body may have 2 bytes"):
+        await _body(caller).begin(3, limit=2)
+    assert not caller.received
+
+
+async def test_a_body_as_long_as_it_may_be() -> None:
+    body = _body(Caller([b"abc"]))
+    await body.begin(3, limit=3)
+    assert body.whole() == b"abc"
+
+
+async def test_a_first_message_that_is_too_long() -> None:
+    with pytest.raises(BodyTooLarge):
+        await _body(Caller([b"abc"])).begin(limit=2)
+
+
+async def test_a_body_that_turns_out_too_long_never_becomes_whole() -> None:
+    body = _body(Caller([b"ab", b"cd", b"e"]))
+    await body.begin(limit=4)
+    read: list[bytes] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(body.watch)
+        with pytest.raises(BodyTooLarge):
+            await _read(body, read)
+        tasks.cancel_scope.cancel()
+    assert read == [b"ab", b"cd"]
+
+
+async def test_a_first_message_that_does_not_come() -> None:
+    caller = Caller([], hold_upload=anyio.Event())
+    body = _body(caller, timeout=0.05)
+    with pytest.raises(BodyTimeout):
+        await body.begin()
+    assert body.failure is None
+
+
+async def test_a_body_that_stops_coming() -> None:
+    body = _body(Caller([b"a", b"b"], hold_upload=anyio.Event()), timeout=0.05)
+    read: list[bytes] = []
+    async with _watched(body):
+        with pytest.raises(BodyTimeout):
+            await _read(body, read)
+    assert read == [b"a"]
+
+
+async def test_messages_without_content_give_no_more_time() -> None:
+    messages = 0
+
+    async def receive() -> Any:
+        nonlocal messages
+        messages += 1
+        await anyio.sleep(0.02)
+        return {"type": "http.request", "body": b"", "more_body": messages < 100}
+
+    body = RequestBody(receive, timeout=0.2)
+    async with _watched(body):
+        with pytest.raises(BodyTimeout):
+            await _all(body)
+    assert messages < 50
+
+
+async def test_a_slow_body_has_its_time_for_each_piece() -> None:
+    pieces = [b"a"] * 6
+
+    async def receive() -> Any:
+        await anyio.sleep(0.1)
+        return {"type": "http.request", "body": pieces.pop(), "more_body": bool(pieces)}
+
+    body = RequestBody(receive, timeout=0.5)
+    await body.begin()
+
+    async def relay() -> None:
+        assert await _all(body) == [b"a"] * 6
+
+    began = time.monotonic()
+    await while_connected(body, relay, ending=_not_yet)
+    assert time.monotonic() - began > 0.4
+
+
+async def test_who_is_not_read_from_has_all_the_time() -> None:
+    body = _body(Caller([b"a"] * (AHEAD + 2)), timeout=0.05)
+    async with _watched(body):
+        reading = aiter(body)
+        assert await anext(reading) == b"a"
+        await anyio.sleep(0.2)
+        assert [chunk async for chunk in reading] == [b"a"] * (AHEAD + 1)
+
+
+async def test_a_rest_that_nobody_wants_has_all_the_time() -> None:
+    caller = Caller([b"a", b"b"], hold_upload=anyio.Event())
+    body = _body(caller, timeout=0.05)
+    await body.begin()
+
+    async def relay() -> None:
+        body.abandon()
+        await anyio.sleep(0.2)
+
+    await while_connected(body, relay, ending=_not_yet)
+    assert body.failure is None
+
+
+async def test_what_is_there_in_time() -> None:
+    async def at_once() -> str:
+        return "at once"
+
+    async def soon() -> str:
+        await anyio.sleep(0.01)
+        await anyio.sleep(0.01)
+        return "soon"
+
+    assert await in_time(at_once(), 5, BodyTimeout) == "at once"
+    assert await in_time(soon(), 5, BodyTimeout) == "soon"
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_what_fails_in_time_fails_as_it_is(first: bool) -> None:
+    async def fails() -> None:
+        if not first:
+            await anyio.sleep(0.01)
+        raise TimeoutError("the host's own")
+
+    with pytest.raises(TimeoutError, match="the host's own"):
+        await in_time(fails(), 5, BodyTimeout)
+
+
+async def test_what_is_late_is_cleaned_up() -> None:
+    cleaned_up = []
+
+    async def late() -> None:
+        try:
+            await anyio.sleep(10)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.01)
+            cleaned_up.append(True)
+
+    with pytest.raises(BodyTimeout) as raised:
+        await in_time(late(), 0.02, BodyTimeout)
+    assert raised.value.__context__ is None
+    assert cleaned_up
+
+
+async def test_a_scope_of_the_host_s_passes() -> None:
+    with anyio.move_on_after(0.02) as scope:
+        await in_time(anyio.sleep(10), 5, BodyTimeout)
+    assert scope.cancelled_caught
+
+
+def test_who_cancels_what_has_a_time_is_obeyed() -> None:
+    async def main() -> None:
+        for late in (5.0, 0.02):
+            task = asyncio.create_task(in_time(asyncio.sleep(10), late, BodyTimeout))
+            await asyncio.sleep(0)
+            # Both at once, the second time: nobody looks before both are over.
+            asyncio.get_running_loop().call_later(0.02, task.cancel)
+            asyncio.get_running_loop().call_soon(time.sleep, 0.03)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_was_waited_for_is_not_shown(fails: bool) -> None:
+    async def main() -> None:
+        token = asyncio.get_running_loop().create_future()
+
+        async def resolve() -> None:
+            assert await token == TOKEN
+            if fails:
+                raise BodyTimeout
+            await asyncio.sleep(10)
+
+        asyncio.get_running_loop().call_soon(token.set_result, TOKEN)
+        with pytest.raises(BodyTimeout) as raised:
+            await in_time(resolve(), 0.02, BodyTimeout)
+        assert "in_time" in _frames(raised.value)
+        assert TOKEN[:12] not in locals_of(raised.value)
+
+    asyncio.run(main())
+
+
+def test_what_does_not_let_itself_be_stopped_is_there_in_time() -> None:
+    async def stubborn() -> str:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        return "in the end"
+
+    async def main() -> None:
+        assert await in_time(stubborn(), 0.02, BodyTimeout) == "in the end"
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_a_server_s_own_awaitable_need_not_be_a_coroutine() -> None:
+    class Bare:
+        """As those of servers that are not written in Python."""
+
+        def __init__(self, future: asyncio.Future[str]) -> None:
+            self.future = future
+
+        def __await__(self) -> Iterator[Any]:
+            return self
+
+        def __iter__(self) -> Bare:
+            return self
+
+        def __next__(self) -> Any:
+            if self.future.done():
+                raise StopIteration(self.future.result())
+            self.future._asyncio_future_blocking = True
+            return self.future
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        soon, never = loop.create_future(), loop.create_future()
+        loop.call_later(0.01, soon.set_result, "soon")
+        assert await in_time(Bare(soon), 5, BodyTimeout) == "soon"  # type: ignore[arg-type]
+        with pytest.raises(BodyTimeout):
+            await in_time(Bare(never), 0.02, BodyTimeout)  # type: ignore[arg-type]
+        assert never.cancelled()
+
+    asyncio.run(main())
+
+
 async def test_work_that_gets_done() -> None:
     body = _body(Caller())
     await body.begin()
@@ -211,6 +457,50 @@ async def test_work_that_is_ending_is_left_to_its_end() -> None:
 
     await while_connected(body, relay, ending=lambda: True)
     assert ended
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_work_has_its_time(fails: bool) -> None:
+    body = _body(Caller())
+    await body.begin()
+    cleaned_up = []
+
+    async def relay() -> None:
+        try:
+            await anyio.sleep(10)
+        finally:
+            cleaned_up.append(True)
+            if fails:
+                raise ZeroDivisionError
+
+    with pytest.raises(UpstreamTimeout, match="total_timeout"):
+        await while_connected(body, relay, ending=_not_yet, deadline=anyio.current_time() + 0.05)
+    assert cleaned_up
+
+
+async def test_a_caller_who_leaves_before_the_time_is_over_has_left() -> None:
+    caller = Caller()
+    body = _body(caller)
+    await body.begin()
+
+    async def relay() -> None:
+        caller.left.set()
+        await anyio.sleep(10)
+
+    with pytest.raises(ClientDisconnected):
+        await while_connected(body, relay, ending=_not_yet, deadline=anyio.current_time() + 5)
+
+
+async def test_work_that_is_done_in_time_is_done() -> None:
+    body = _body(Caller())
+    await body.begin()
+
+    async def fails() -> None:
+        raise ZeroDivisionError
+
+    await while_connected(body, anyio.lowlevel.checkpoint, ending=_not_yet, deadline=anyio.current_time() + 5)
+    with pytest.raises(ZeroDivisionError):
+        await while_connected(body, fails, ending=_not_yet, deadline=anyio.current_time() + 5)
 
 
 async def test_cancellation_from_outside_passes() -> None:

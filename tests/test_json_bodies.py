@@ -143,20 +143,8 @@ async def test_another_body() -> None:
     assert [chunk async for chunk in response.body] == [b"[1]"]
 
 
-def test_another_body_for_one_caller() -> None:
-    cached = (b"cache-control", b"public")
-    response = json_bodies.with_body(_response(JSON, cached, *OF_THE_BYTES), b"[1]", one_caller=True)
-    assert response.headers == (JSON, (b"content-length", b"3"), (b"cache-control", b"private, no-store"))
-
-
 def test_no_length() -> None:
     assert json_bodies.without_length(_response(JSON, *OF_THE_BYTES)).headers == (JSON,)
-
-
-def test_for_one_caller() -> None:
-    response = json_bodies.for_one_caller(_response(JSON, (b"cache-control", b"public"), (b"cache-control", b"x")))
-    assert response.headers == (JSON, (b"cache-control", b"private, no-store"))
-    assert json_bodies.for_one_caller(response) is response
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from replicate_proxy_mw import (
     WebhookEvent,
     ending,
 )
-from replicate_proxy_mw.errors import LimitExceeded, UpstreamAborted
+from replicate_proxy_mw.errors import AnswerTimeout, LimitExceeded, UpstreamAborted
 from replicate_proxy_mw.exchange import Chunks
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from replicate_proxy_mw.testing.webhooks import sign
@@ -160,6 +161,49 @@ async def test_lifespan_is_the_host_s_and_closes_what_was_opened(upstream: RawUp
     await middleware({"type": "lifespan"}, receive, send)
     assert sent == ["lifespan.startup.complete", 0, "lifespan.shutdown.complete"]
     assert await anyio.to_thread.run_sync(upstream.closed.wait, 2)
+    await middleware.aclose()
+
+
+@pytest.mark.parametrize("limit", [10.0, 0.05])
+async def test_the_host_s_lifespan_ends_when_all_requests_have(
+    upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    monkeypatch.setattr("replicate_proxy_mw.ending.AFTERWARDS_TIMEOUT", limit)
+    told: list[str] = []
+    over = anyio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        told.append((await receive())["type"])
+        over.set()
+
+    async def receive() -> Any:
+        return {"type": "lifespan.shutdown"}
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.wait_closed()
+
+    upstream.script = script
+    middleware, caller = proxy(upstream.url, app=app), Caller()
+    async with anyio.create_task_group() as tasks:
+
+        async def ask() -> None:
+            await caller.call(middleware, http_scope())
+            told.append("request")
+
+        tasks.start_soon(ask)
+        while not upstream.requests:  # noqa: ASYNC110 - of another thread
+            await anyio.sleep(0.01)
+        tasks.start_soon(middleware, {"type": "lifespan"}, receive, None)
+        if limit == 10:
+            await anyio.sleep(0.05)
+            assert not told
+        else:
+            await over.wait()
+        caller.left.set()
+        await over.wait()
+    assert sorted(told) == ["lifespan.shutdown", "request"]
+    assert told[0] == ("request" if limit == 10 else "lifespan.shutdown")
     await middleware.aclose()
 
 
@@ -334,7 +378,7 @@ async def test_bodies_that_have_no_meaning_are_dropped(upstream: RawUpstream, me
     assert (await call(app, http_scope(method, headers=headers), b"{}")).status == 200
     assert (await call(app, http_scope(method, headers=[KEY, (b"accept", b"*/*")]), *[b"x"] * 9)).status == 200
     for received in upstream.requests:
-        assert [name for name, _ in received.headers] == [b"host", b"accept", b"authorization"]
+        assert [name for name, _ in received.headers] == [b"host", b"via", b"accept", b"authorization"]
 
 
 async def test_a_layer_sees_that_a_get_has_no_body(upstream: RawUpstream) -> None:
@@ -565,6 +609,240 @@ async def test_what_the_server_s_receive_raises_is_the_host_s(upstream: RawUpstr
     app = proxy(upstream.url)
     with pytest.raises(TooLarge):
         await app(http_scope("POST"), receive, Caller().send)
+    await app.aclose()
+
+
+# --- what takes too long, is too long, or is too much
+
+
+def _reads_in_vain(connection: Connection) -> None:
+    """Reads the request, which is to stay incomplete, until the proxy closes."""
+    connection.buffer = connection.head() + b"\r\n\r\n" + connection.buffer
+    connection.upstream.ready.set()
+    if connection.request() is None:
+        connection.upstream.closed.set()
+
+
+async def test_a_body_that_never_begins_is_not_waited_for(upstream: RawUpstream) -> None:
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    caller = Caller()
+    app = proxy(upstream.url, options={"body_timeout": 0.05})
+    await app(http_scope("POST"), receive, caller.send)
+    assert (caller.status, _error(caller)["type"]) == (408, "body_timeout")
+    assert not upstream.connections
+
+
+@pytest.mark.parametrize("length", [(), ((b"content-length", b"6"),)])
+async def test_an_upload_that_stops_never_becomes_whole(upstream: RawUpstream, length: Any) -> None:
+    upstream.script = _reads_in_vain
+    app = proxy(upstream.url, options={"body_timeout": 0.2})
+    caller = Caller([b"abc", b"def"], hold_upload=anyio.Event())
+    await caller.call(app, http_scope("POST", headers=[KEY, *length]))
+    assert (caller.status, _error(caller)["type"]) == (408, "body_timeout")
+    assert caller.header(b"x-should-retry") == [b"false"]
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    assert not upstream.requests
+    await app.aclose()
+
+
+async def test_a_body_that_is_not_read_may_stop(upstream: RawUpstream) -> None:
+    """Upstream reads late: that is not the caller's fault."""
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        upstream.go_on.wait(0.8)
+        left = size - len(connection.buffer)
+        while left:
+            left -= len(connection.socket.recv(1 << 20))
+        connection.answer()
+
+    size = 256 << 16
+    upstream.script = script
+    app = proxy(upstream.url, options={"body_timeout": 0.3})
+    scope = http_scope("POST", headers=[KEY, (b"content-length", b"%d" % size)])
+    caller = await call(app, scope, *[bytes(1 << 16)] * 256)
+    assert caller.status == 200
+
+
+async def test_a_body_that_is_said_to_be_too_large_is_not_read(upstream: RawUpstream) -> None:
+    app = proxy(upstream.url, options={"max_body_size": 5})
+    caller = await call(app, http_scope("POST", headers=[KEY, (b"content-length", b"6")]), b"abcdef")
+    assert (caller.status, _error(caller)["type"], caller.received) == (413, "body_too_large", 0)
+    stranger = await call(app, http_scope("POST", headers=[(b"content-length", b"6")]), b"abcdef")
+    assert (stranger.status, stranger.received) == (401, 0)
+    assert not upstream.connections
+    caller = await call(app, http_scope("POST", headers=[KEY, (b"content-length", b"5")]), b"abcde")
+    assert (caller.status, upstream.requests[0].body) == (200, b"abcde")
+
+
+async def test_a_body_that_turns_out_too_large_never_becomes_whole(upstream: RawUpstream) -> None:
+    upstream.script = _reads_in_vain
+    app = proxy(upstream.url, options={"max_body_size": 5})
+    assert (await call(app, http_scope("POST"), b"abcdef")).status == 413
+    assert not upstream.connections
+    caller = Caller([b"abc", b"de", b"f"], hold_upload=anyio.Event())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, app, http_scope("POST"))
+        assert await anyio.to_thread.run_sync(upstream.ready.wait, 2)
+        assert caller.hold_upload is not None
+        caller.hold_upload.set()
+    assert (caller.status, _error(caller)["type"]) == (413, "body_too_large")
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    assert not upstream.requests
+    await app.aclose()
+
+
+async def test_a_head_that_trickles_is_no_answer(upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        for _ in range(8):
+            connection.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+            upstream.go_on.wait(0.2)
+        connection.answer()
+
+    upstream.script = script
+    caller = await call(proxy(upstream.url, options={"read_timeout": 0.5}), http_scope("POST"))
+    assert (caller.status, _error(caller)["type"]) == (504, "upstream_timeout")
+    assert len(upstream.requests) == 1
+
+
+async def _slow_resolver(request: KeyRequest) -> str:
+    await anyio.sleep(10)
+    return TOKEN
+
+
+async def _never() -> Any:
+    await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("at", ["resolver", "body", "rest of the body", "answer"])
+async def test_no_request_takes_longer_than_it_may(upstream: RawUpstream, at: str) -> None:
+    upstream.script = _reads_in_vain if at == "rest of the body" else _silent
+    more: dict[str, Any] = {"key_resolver": _slow_resolver} if at == "resolver" else {}
+    app = proxy(upstream.url, options={"total_timeout": 0.3, "resolver_timeout": 5}, **more)
+    caller = Caller([b"a", b"b"], hold_upload=anyio.Event()) if at == "rest of the body" else Caller()
+    began = time.monotonic()
+    with anyio.fail_after(5):
+        await app(http_scope("POST"), _never if at == "body" else caller.receive, caller.send)
+    assert 0.2 < time.monotonic() - began < 2
+    assert (caller.status, _error(caller)["type"]) == (504, "upstream_timeout")
+    assert "total_timeout" in _error(caller)["detail"]
+    if at in ("resolver", "body"):
+        assert not upstream.connections
+    else:
+        assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    await app.aclose()
+
+
+async def test_an_answer_that_takes_longer_than_it_may_is_cut(
+    upstream: RawUpstream, tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    upstream.script = _idle_stream
+    app = proxy(upstream.url, options={"total_timeout": 0.3}, tracer_provider=tracer_provider)
+    caller = Caller()
+    with pytest.raises(AnswerTimeout):
+        await caller.call(app, http_scope())
+    assert (caller.status, caller.content, caller.complete) == (200, b"data: 1\n\n", False)
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    spans = [span.attributes or {} for span in exporter.get_finished_spans()]
+    [told] = [told for told in spans if "replicate_proxy.outcome" in told]
+    assert (told["replicate_proxy.outcome"], told["error.type"]) == ("upstream_timeout", "upstream_timeout")
+    await app.aclose()
+
+
+async def test_a_stream_takes_no_longer_than_it_may(upstream: RawUpstream) -> None:
+    upstream.script = _stream_host
+    upstream.go_on.set()
+    app = _streaming(upstream, options={"total_timeout": 0.5})
+    path = await _stream_path(app)
+    caller = Caller()
+    with pytest.raises(AnswerTimeout):
+        await caller.call(app, http_scope(target=path, headers=[]))
+    assert caller.content
+    assert await anyio.to_thread.run_sync(upstream.closed.wait, 1.5)
+    await app.aclose()
+
+
+async def test_what_is_done_in_time_is_done(upstream: RawUpstream) -> None:
+    assert (await call(proxy(upstream.url, options={"total_timeout": 5}), http_scope())).content == b"{}"
+
+
+async def test_more_requests_than_may_be_under_way(
+    upstream: RawUpstream, tracer_provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    upstream.script = _silent
+    asked: list[KeyRequest] = []
+
+    async def resolver(request: KeyRequest) -> str:
+        asked.append(request)
+        if len(asked) == 2:
+            all_in.set()
+        return TOKEN
+
+    all_in = anyio.Event()
+    options = {"max_in_flight": 2, "proxy_streams": True, "stream_key": "k" * 32, "webhook_secrets": [SECRET]}
+    app = proxy(upstream.url, options=options, key_resolver=resolver, tracer_provider=tracer_provider)
+    held = [Caller(), Caller()]
+    async with anyio.create_task_group() as tasks:
+        for one in held:
+            tasks.start_soon(one.call, app, http_scope())
+        assert await anyio.to_thread.run_sync(upstream.ready.wait, 2)
+        await all_in.wait()
+        for scope in (http_scope("POST"), http_scope(target="/v1/-/streams/x"), http_scope("POST", "/v1/-/webhooks")):
+            caller = await Caller().call(app, scope)
+            assert (caller.status, caller.received) == (503, 0)
+            assert caller.header(b"retry-after") == [b"1"]
+            assert _error(caller)["type"] == "overloaded"
+            assert _error(caller)["detail"].startswith("max_in_flight: 2 requests are under way")
+        assert (await Caller().call(app, http_scope(target="/"))).content == b"host"
+        for one in held:
+            one.left.set()
+    assert len(asked) == 2
+    spans = [span.attributes or {} for span in exporter.get_finished_spans()]
+    assert [told.get("error.type") for told in spans].count("overloaded") == 3
+    upstream.script = answer_all
+    assert (await call(app, http_scope())).status == 200
+
+
+@pytest.mark.parametrize("end", ["answered", "refused", "cut", "cancelled", "left", "the server's", "BaseException"])
+async def test_no_place_is_lost(upstream: RawUpstream, end: str) -> None:
+    upstream.script = {"answered": answer_all, "the server's": answer_all, "cut": _cut}.get(end, _silent)
+
+    class Ends(BaseException):
+        pass
+
+    def layer(forward: Forward) -> Forward:
+        async def ending(request: ProxyRequest) -> ProxyResponse:
+            if end == "refused":
+                raise LimitExceeded()
+            if end == "BaseException" and not over:
+                raise Ends
+            return await forward(request)
+
+        return ending
+
+    async def send(message: Any) -> None:
+        raise ZeroDivisionError
+
+    over: list[bool] = []
+    app = proxy(upstream.url, options={"max_in_flight": 1}, layers=[layer])
+    for _ in range(3):
+        caller = Caller()
+        if end in ("cancelled", "left"):
+            caller.left = anyio.Event()
+            with anyio.move_on_after(0.1):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(app, http_scope(), caller.receive, caller.send)
+                    await anyio.sleep(0.05)
+                    if end == "left":
+                        caller.left.set()
+        else:
+            with suppress(UpstreamAborted, ZeroDivisionError, Ends):
+                await app(http_scope(), caller.receive, send if end == "the server's" else caller.send)
+        assert caller.status != 503
+    assert app._in_flight == 0
     await app.aclose()
 
 

@@ -885,7 +885,7 @@ EVIL = '{"version":"evil/bad","input":{}}'
                 EVIL.encode("utf-16"),
                 EVIL.encode("utf-32"),
                 EVIL.encode("utf-16-be"),
-                gzip.compress(EVIL.encode()),
+                gzip.compress(EVIL.encode(), mtime=0),
                 zlib.compress(EVIL.encode()),
                 b"\0 // x" + EVIL.encode() + b"x",
                 b'{"version":"acme/good","version":"evil/bad"}',

@@ -114,7 +114,7 @@ async def test_a_header_does_what_is_said(
     caller = await call(app, http_scope("POST", "/v1/predictions", list(sent.items())))
     assert as_said(Seen(caller, asked[0] if asked else None, exporter.get_finished_spans()))
     for received in upstream.requests:
-        framing = {b"host", b"content-length", b"accept-encoding"}
+        framing = {b"host", b"content-length", b"accept-encoding", b"via"}
         assert {field for field, _ in received.headers} == {*framing, b"authorization"}
         assert received.header(b"authorization") == [b"Bearer " + TOKEN.encode()]
 

@@ -145,13 +145,19 @@ def test_what_the_api_does_not_have(path: str) -> None:
     assert routing.match("GET", path) == routing.UNKNOWN
 
 
+@pytest.mark.parametrize("method", ["", "G ET", "GET\x00", "(GET)", "GET\tX", "\xdcBER", "GET\n"])
+def test_what_is_no_method_is_refused(method: str) -> None:
+    with pytest.raises(BadRequest, match="method"):
+        routing.check(method, "/x", b"")
+
+
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "TRACK"])
 def test_methods_that_are_refused(method: str) -> None:
     with pytest.raises(MethodNotAllowed):
         routing.check(method, "/x", b"")
 
 
-@pytest.mark.parametrize("method", ["GET", "QUERY", "PATCH", "FOO"])
+@pytest.mark.parametrize("method", ["GET", "QUERY", "PATCH", "FOO", "M-SEARCH"])
 def test_every_other_method_passes(method: str) -> None:
     assert routing.check(method, "/x", b"") == "/x"
 

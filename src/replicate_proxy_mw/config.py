@@ -80,10 +80,11 @@ class ProxyConfig:
     Replicate holds a create for up to 60 s (`Prefer: wait`). A `transport` that is given has it for any two reads."""
 
     write_timeout: float = 30.0
-    """Until upstream takes a piece of an upload."""
+    """Until upstream takes a piece of an upload: a connection that takes nothing for so long is dead."""
 
     body_timeout: float = 30.0
-    """Between two pieces of a caller's body, then 408: who sends no faster holds a connection for nothing."""
+    """Until a caller's body begins, and until more of it comes when it is waited for, then 408: who sends no faster
+    holds a connection for nothing."""
 
     total_timeout: float | None = None
     """For a whole request, from its key to its answer's last byte: 504, or a cut answer. None, since a stream or a
@@ -93,7 +94,8 @@ class ProxyConfig:
     """Bytes of a caller's body, then 413. None, since Replicate has limits of its own, and bodies are not held here."""
 
     max_in_flight: int = 10_000
-    """Requests under way at a time, of all callers, then 503: a process with more has no sockets or memory left."""
+    """Requests under way at a time, of all callers, streams and webhooks too, then 503: a process with more has no
+    sockets or memory left."""
 
     max_connections: int = 1000
     """To upstream: a held create keeps one for a minute. Raise the file limit of the process with it."""

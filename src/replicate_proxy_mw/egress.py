@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING
+
+import anyio.lowlevel
 
 from . import portkey
 from .errors import ClientDisconnected, ProxyError
@@ -61,6 +64,8 @@ class Reply:
                 async for chunk in response.body:
                     self.size += len(chunk)
                     await self._out({"type": "http.response.body", "body": chunk, "more_body": True})
+                    # Whose next chunk is always there never waits, and is not cancelled else.
+                    await anyio.lowlevel.checkpoint_if_cancelled()
             chunk = at_hand or b""
             del at_hand  # exceptions show the locals of their frames
         self.size += len(chunk)
@@ -89,34 +94,86 @@ def _short(body: AsyncIterable[bytes]) -> bytes | None:
 IDEMPOTENT = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PUT", "QUERY"))
 
 
+# No cache may keep what was made for one caller's key.
+_NOT_KEPT = (b"cache-control", b"private, no-store")
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+
+# A model's output is a stranger's: what a browser would run has an origin of its own, and loads nothing.
+_SANDBOXED = (b"content-security-policy", b"sandbox; default-src 'none'")
+
+# nginx collects an answer unless it is told otherwise (nginx.org, ngx_http_proxy_module, proxy_buffering).
+_AT_ONCE = (b"x-accel-buffering", b"no")
+
+_SET_HERE = frozenset((b"cache-control", b"content-type", b"x-content-type-options", b"x-should-retry"))
+
+
 def complete(response: ProxyResponse, *, method: str, trace_id: str) -> ProxyResponse:
     """The answer with all that clients need to find in it, whoever made it.
 
     A trace id keeps Portkey's SDKs from sending a create twice, `x-should-retry` keeps OpenAI's: the first may have
     been received. Portkey's SDK for Python fails without a content type even at a 204, the one for Node with a JSON
     type there; with parameters after `text/event-stream` the former takes a stream for JSON.
+
+    Nothing that it shows may run in the host's origin, and no cache may keep it: of what was said of that before, only
+    `no-store` and `no-transform` stay. A 304 says so too, since a copy takes its headers (RFC 9110, section 15.4.5).
     """
     sent = dict(reversed(response.headers))
     content_type = sent.get(b"content-type", b"")
     headers = [pair for pair in response.headers if pair[0] not in _SET_HERE]
     if b"event-stream" in content_type.lower() and _media_type(content_type) == b"text/event-stream":
         content_type = b"text/event-stream"
-    elif not content_type and response.status != 304:
-        bodiless = response.status == 204 or sent.get(b"content-length") == b"0"
-        content_type = b"text/plain" if bodiless else b"application/octet-stream"
+        headers = _with(headers, _AT_ONCE)
+    elif content_type:
+        if _is_active(content_type):
+            headers = _with(headers, _SANDBOXED)
+    elif response.status == 204 or sent.get(b"content-length") == b"0":
+        content_type = b"text/plain"
+    elif response.status != 304:
+        content_type = b"application/octet-stream"
+        headers = _with(headers, _SANDBOXED)
     if content_type:
         headers.insert(0, (b"content-type", content_type))
     if (response.status >= 500 or response.status in (408, 409)) and method not in IDEMPOTENT:
         headers.append((b"x-should-retry", b"false"))
+    said = sent.get(b"cache-control")
+    headers += (_NOT_KEPT if said is None else _not_kept(said), _NO_SNIFFING)
     headers += portkey.answer(trace_id=trace_id, sent=sent)
     return ProxyResponse(status=response.status, headers=tuple(headers), body=response.body, aclose=response.aclose)
 
 
-_SET_HERE = frozenset((b"content-type", b"x-should-retry"))
-
-
 def _media_type(content_type: bytes) -> bytes:
     return content_type.partition(b";")[0].strip().lower()
+
+
+def _with(headers: list[tuple[bytes, bytes]], added: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    return [*[pair for pair in headers if pair[0] != added[0]], added]
+
+
+# Documents that browsers show and that may hold scripts or frames, or that they look into for such (WHATWG, "MIME
+# Sniffing", section 7); beside these all XML, and all multipart, whose parts have types of their own in Firefox.
+_ACTIVE = frozenset(
+    b"text/html text/xml application/xml text/xsl text/rdf */* unknown/unknown application/unknown".split()
+)
+_HARMLESS = frozenset((b"application/json", b"application/json; charset=utf-8"))
+_ONE_TYPE = re.compile(rb"[\w!#$%&'*+.^`|~-]+/[\w!#$%&'*+.^`|~-]+[ \t]*(?:;[^,]*)?")
+
+
+def _is_active(content_type: bytes) -> bool:
+    if content_type in _HARMLESS:
+        return False
+    if not _ONE_TYPE.fullmatch(content_type):
+        return True  # of a list a browser takes the last one
+    kind = _media_type(content_type)
+    return kind in _ACTIVE or kind.endswith(b"+xml") or kind.startswith(b"multipart/")
+
+
+def _not_kept(said: bytes) -> tuple[bytes, bytes]:
+    directives = [directive.strip().lower() for directive in said.split(b",")]
+    if b'"' in said:
+        return _NOT_KEPT  # a comma may stand within an argument
+    if b"no-store" in directives:
+        return b"cache-control", said
+    return (b"cache-control", b"private, no-store, no-transform") if b"no-transform" in directives else _NOT_KEPT
 
 
 def render(error: ProxyError, *, request_id: str) -> ProxyResponse:
@@ -136,9 +193,5 @@ def render(error: ProxyError, *, request_id: str) -> ProxyResponse:
         "request_id": request_id,
         **error.members,
     }
-    headers = (
-        (b"cache-control", b"no-store"),
-        (b"x-request-id", request_id.encode()),
-        (b"x-portkey-gateway-exception", b"true"),
-    )
+    headers = ((b"x-request-id", request_id.encode()), (b"x-portkey-gateway-exception", b"true"))
     return ProxyResponse.json(error.status, content, headers=(*headers, *error.headers))

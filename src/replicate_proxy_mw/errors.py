@@ -32,6 +32,7 @@
     └── LoopDetected            508  loop_detected           `upstream` leads back here
 
     UpstreamAborted             the body of Replicate's answer was cut
+    └── AnswerTimeout           by us, in the end of `total_timeout`
 
 A `ProxyError` becomes an answer; layers and resolvers may raise one. Once a status is out there is no other answer
 to give: `UpstreamAborted` and whatever else happens then leave the middleware, so that the server truncates the answer
@@ -343,5 +344,15 @@ class UpstreamAborted(Exception):
     code = "upstream_aborted"
     outcome = "upstream_error"
 
+    message = "the upstream answer was cut; the caller's connection is cut too"
+
     def __init__(self) -> None:
-        super().__init__("the upstream answer was cut; the caller's connection is cut too")
+        super().__init__(self.message)
+
+
+class AnswerTimeout(UpstreamAborted):
+    """It was not complete in time: `total_timeout`."""
+
+    code = UpstreamTimeout.code
+    outcome = UpstreamTimeout.outcome
+    message = "the answer was not complete in time; the caller's connection is cut"

@@ -42,9 +42,9 @@ class ProxyRequest:
     sent them. `body` can be read once, and only until there is an answer: a layer that reads it passes on what it read,
     `replace(request, body=..., content_length=...)`. `content_length` is None for a body of unknown length.
 
-    `traceparent` is that of the request span. `notes` are what is to stand on it beside, by names that
-    `telemetry.names` has. `opened` is closed when the exchange ends, the last first, whatever happened; `afterwards` is
-    run when that is done, for a few seconds at most.
+    `via` goes up before `headers`. `traceparent` is that of the request span. `notes` are what is to stand on it
+    beside, by names that `telemetry.names` has. `opened` is closed when the exchange ends, the last first, whatever
+    happened; `afterwards` is run when that is done, for a few seconds at most.
     """
 
     method: str
@@ -59,6 +59,7 @@ class ProxyRequest:
     resend_count: int = 0
     unwrapped_data: bool = False
     repaired_path: bool = False
+    via: HeaderList = ()
     traceparent: str | None = None
     notes: dict[str, bool | int | float | str] = field(default_factory=dict, compare=False)
     afterwards: list[Callable[[], Awaitable[None]]] = field(default_factory=list, repr=False, compare=False)

@@ -26,7 +26,7 @@ HOP_BY_HOP = frozenset(
     b" upgrade http2-settings".split()
 )
 CREDENTIALS = frozenset(b"authorization cookie set-cookie api-key x-api-key x-auth-token".split())
-NEVER = HOP_BY_HOP | CREDENTIALS | frozenset(b"host content-length".split())
+NEVER = HOP_BY_HOP | CREDENTIALS | frozenset(b"host content-length via".split())
 
 # Fields that have one value (RFC 9110, section 5.3): a second line could be read by one side only.
 SINGLE = frozenset(

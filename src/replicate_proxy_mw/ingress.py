@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING
+from time import monotonic
+from types import coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from .errors import BadRequest, ClientDisconnected, ProxyError
+from .errors import BadRequest, BodyTimeout, BodyTooLarge, ClientDisconnected, ProxyError, UpstreamTimeout
 from .event_loops import asyncio_task
 from .waiting import Waiting
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from asgiref.typing import ASGIReceiveCallable, ASGIReceiveEvent
 
 logger = logging.getLogger("replicate_proxy_mw")
+
+T = TypeVar("T")
 
 # Messages held while nobody takes them: so many a caller may have sent before its departure goes unnoticed.
 AHEAD = 2
@@ -34,6 +38,11 @@ class RequestBody:
     (uvicorn, hypercorn and granian alike): only a pending `receive()` does. So `begin` reads the first message, `watch`
     all others, and the body is iterated from what they have read. It can be iterated once.
 
+    Args:
+        receive: the server's.
+        timeout: seconds for the first message, and for more of the body when somebody waits for it: a caller whose
+            upload stands still because upstream does not read has all the time.
+
     Attributes:
         size: bytes read so far.
         disconnected: the caller has left.
@@ -41,46 +50,55 @@ class RequestBody:
         waiting: what is spent waiting for the caller is counted here, if anybody counts.
     """
 
-    def __init__(self, receive: ASGIReceiveCallable) -> None:
+    def __init__(self, receive: ASGIReceiveCallable, *, timeout: float = 30.0) -> None:
         self._receive = receive
+        self._timeout = timeout
         self._declared: int | None = None
+        self._limit: int | None = None
         # No deque, which takes as much as the rest of a held request's body.
         self._chunks: list[bytes] = []
         self._more = True
         self._reading: object | None = None
         self._abandoned = False
         self._changed: anyio.Event | None = None
-        self._mismatch: BadRequest | None = None
+        self._refusal: ProxyError | None = None
         self.size = 0
         self.disconnected = False
         self.failure: Exception | None = None
         self.waiting: Waiting | None = None
 
-    async def begin(self, declared: int | None = None) -> None:
+    async def begin(self, declared: int | None = None, *, limit: int | None = None) -> None:
         """Read the first message, which alone tells whether there is a body: over HTTP/2 no header has to.
 
         Args:
             declared: the length in bytes that a header announced.
+            limit: bytes that it may have.
 
         Raises:
-            BadRequest: the body has another length. If that shows only later, the body fails with it: upstream never
-                gets one whole that is not as long as it was said to be.
+            BadRequest, BodyTooLarge: the body has another length, or is too long: nothing is read if a header says so.
+                If that shows only later, the body fails with it: upstream never gets one whole that is not as it was
+                said to be, or as it has to be.
+            BodyTimeout: nothing has come. Later the body fails with it, likewise.
             ClientDisconnected: there is nobody to read from.
         """
-        self._declared = declared
+        self._declared, self._limit = declared, limit
+        if declared is not None and limit is not None and declared > limit:
+            raise _too_large(limit)
         try:
             if self.waiting is None:
-                self._take_in(await self._receive())
+                self._take_in(await in_time(self._receive(), self._timeout, BodyTimeout))
             else:
                 with self.waiting:
-                    self._take_in(await self._receive())
+                    self._take_in(await in_time(self._receive(), self._timeout, BodyTimeout))
+        except BodyTimeout:
+            raise
         except Exception as error:
             self._fail(error)
             raise
         if self.disconnected:
             raise ClientDisconnected()
-        if self._mismatch is not None:
-            raise self._mismatch
+        if self._refusal is not None:
+            raise self._refusal
 
     @property
     def complete(self) -> bool:
@@ -105,17 +123,20 @@ class RequestBody:
                 "the body was read twice: a layer that reads it passes on what it read, replace(request, body=...)"
             )
             raise ProxyError()
+        deadline = None
         while not self._chunks:
             if self.failure is not None:
                 raise self.failure
-            if self._mismatch is not None:
-                raise self._mismatch
+            if self._refusal is not None:
+                raise self._refusal
             if self.disconnected or self._abandoned:
                 raise ClientDisconnected()
             if not self._more:
                 raise StopAsyncIteration
+            # One for all of the wait: messages without content give no more time.
+            deadline = deadline or monotonic() + self._timeout
             with self.waiting or nullcontext():
-                await self._change()
+                await in_time(self._change(), deadline - monotonic(), BodyTimeout)
         chunk = self._chunks.pop(0)
         self._notify()
         return chunk
@@ -151,7 +172,9 @@ class RequestBody:
             self._more = message.get("more_body", False)
             self.size += len(chunk)
             if self._declared is not None and not self._fits(self._declared):
-                self._mismatch = BadRequest("The body is longer or shorter than its content-length.")
+                self._refusal = BadRequest("The body is longer or shorter than its content-length.")
+            elif self._limit is not None and self.size > self._limit:
+                self._refusal = _too_large(self._limit)
             elif chunk and not self._abandoned:
                 self._chunks.append(chunk)
         self._notify()
@@ -169,6 +192,10 @@ class RequestBody:
             changed.set()
 
 
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"max_body_size: a body may have {limit} bytes.")
+
+
 class _Reading:
     """One reading of a body."""
 
@@ -182,10 +209,59 @@ class _Reading:
         return await self._body.take(self)
 
 
+async def in_time(wait: Awaitable[T], seconds: float, late: Callable[[], ProxyError]) -> T:
+    """What `wait` gives within so many seconds; then `late` is raised. Who cancels meanwhile is obeyed as ever."""
+    if asyncio_task() is None:
+        with anyio.move_on_after(seconds):
+            return await wait
+        raise late()
+    # Its first step here: most have not to wait at all, and then a timer would be most of what they take.
+    steps = wait.__await__()
+    try:
+        awaited = [next(steps)]
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await _resumed(steps, awaited)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+    raise late()
+
+
+@coroutine
+def _resumed(steps: Generator[Any, Any, T], awaited: list[Any]) -> Generator[Any, Any, T]:
+    """`yield from` what has begun already. Nothing that is waited for is bound: it may show its result, a token."""
+    while True:
+        try:
+            yield awaited.pop()
+        except BaseException as error:
+            if not hasattr(steps, "throw"):  # of a server that is not written in Python
+                raise
+            try:
+                awaited.append(steps.throw(error))
+            except StopIteration as done:
+                value: T = done.value
+                return value
+        else:
+            return (yield from steps)
+
+
+def too_late() -> UpstreamTimeout:
+    return UpstreamTimeout("total_timeout: the time for this request is over; it may have been received.")
+
+
 def while_connected(
-    body: RequestBody, relay: Callable[[], Awaitable[None]], *, ending: Callable[[], bool]
+    body: RequestBody,
+    relay: Callable[[], Awaitable[None]],
+    *,
+    ending: Callable[[], bool],
+    deadline: float | None = None,
 ) -> Awaitable[None]:
-    """Run `relay` until it is done or the caller leaves; once it is `ending`, until it is done.
+    """Run `relay` until it is done or the caller leaves; once it is `ending`, until it is done. `deadline` is one of
+    `anyio.current_time`.
 
     Servers report a departure as soon as an answer is complete, hypercorn while it still sends the last message: to
     cancel it then would leave its connection open.
@@ -195,17 +271,20 @@ def while_connected(
 
     Raises:
         ClientDisconnected: the caller left before `relay` was done.
+        UpstreamTimeout: it was not done by the deadline.
         ProxyError: `relay` was cancelled by something that it waited for.
     """
-    return (_in_group if asyncio_task() is None else _on_asyncio)(body, relay, ending)
+    return (_in_group if asyncio_task() is None else _on_asyncio)(body, relay, ending, deadline)
 
 
-async def _on_asyncio(body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool]) -> None:
+async def _on_asyncio(
+    body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool], deadline: float | None
+) -> None:
     """What a task group does, in fewer steps."""
     loop = asyncio.get_running_loop()
     # In a task of its own, which only this scope cancels: who cancels the host's task, however often, interrupts
     # nothing that is shielded, such as the record of what is paid, and is shown nothing of what was on its way.
-    scope = anyio.CancelScope()
+    scope = anyio.CancelScope() if deadline is None else anyio.CancelScope(deadline=deadline)
     relaying = loop.create_task(_within(scope, relay))
     lookout = _Lookout(loop, scope, body, ending)
     try:
@@ -222,6 +301,8 @@ async def _on_asyncio(body: RequestBody, relay: Callable[[], Awaitable[None]], e
         return
     if body.disconnected and (came is None or isinstance(came, Exception)):
         raise ClientDisconnected()
+    if scope.cancel_called and (came is None or isinstance(came, Exception)):
+        raise too_late()
     if came is not None:
         try:
             raise came
@@ -307,15 +388,19 @@ class _Lookout:
             await asyncio.wait((self._watching,))
 
 
-async def _in_group(body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool]) -> None:
+async def _in_group(
+    body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool], deadline: float | None
+) -> None:
     """The same off asyncio."""
     failures: list[BaseException] = []
-    done = False
+    done = late = False
 
     async with anyio.create_task_group() as tasks:
+        if deadline is not None:
+            tasks.cancel_scope.deadline = deadline
 
         async def run() -> None:
-            nonlocal done
+            nonlocal done, late
             try:
                 await relay()
                 done = True
@@ -324,6 +409,7 @@ async def _in_group(body: RequestBody, relay: Callable[[], Awaitable[None]], end
             except BaseException as error:
                 failures.append(error)
             finally:
+                late = tasks.cancel_scope.cancel_called
                 tasks.cancel_scope.cancel()
 
         async def watch() -> None:
@@ -337,5 +423,7 @@ async def _in_group(body: RequestBody, relay: Callable[[], Awaitable[None]], end
         return
     if body.disconnected:
         raise ClientDisconnected()
+    if late:
+        raise too_late()
     # What it raises leaves bare, since a host's handlers do not look into exception groups.
     raise failures.pop()

@@ -30,9 +30,7 @@ _OF_THE_BYTES = frozenset(
 
 
 _IDENTITY = (b"accept-encoding", b"identity")
-_NOT_KEPT = (b"cache-control", b"private, no-store")
 _OF_THE_BODY = frozenset((b"content-type", b"content-length", b"content-encoding"))
-_OF_THE_BYTES_OR_CACHES = _OF_THE_BYTES | {b"cache-control"}
 
 _FIRST_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*"([A-Za-z0-9_-]+)"\s*[,}]')
 
@@ -112,26 +110,16 @@ def plain_of(response: ProxyResponse, body: bytes, *, max_size: int = MAX_SIZE) 
     return plain if decoder.eof and not decoder.unused_data and len(plain) <= max_size else None
 
 
-def with_body(response: ProxyResponse, body: bytes, *, one_caller: bool = False) -> ProxyResponse:
-    """`response` with another body, and without what was said of the old one; as `for_one_caller` if it is."""
-    dropped = _OF_THE_BYTES_OR_CACHES if one_caller else _OF_THE_BYTES
-    kept = [pair for pair in response.headers if pair[0] not in dropped]
-    added = (b"content-length", b"%d" % len(body))
-    headers = (*kept, added, _NOT_KEPT) if one_caller else (*kept, added)
+def with_body(response: ProxyResponse, body: bytes) -> ProxyResponse:
+    """`response` with another body, and without what was said of the old one."""
+    kept = [pair for pair in response.headers if pair[0] not in _OF_THE_BYTES]
+    headers = (*kept, (b"content-length", b"%d" % len(body)))
     return ProxyResponse(status=response.status, headers=headers, body=Chunks([body]), aclose=response.aclose)
 
 
 def without_length(response: ProxyResponse) -> ProxyResponse:
     """The answer to a HEAD whose GET would have another body."""
     return replace(response, headers=tuple(pair for pair in response.headers if pair[0] not in _OF_THE_BYTES))
-
-
-def for_one_caller(response: ProxyResponse) -> ProxyResponse:
-    """`response`, which no cache may keep."""
-    if _NOT_KEPT in response.headers:
-        return response
-    headers = (*[pair for pair in response.headers if pair[0] != b"cache-control"], _NOT_KEPT)
-    return ProxyResponse(status=response.status, headers=headers, body=response.body, aclose=response.aclose)
 
 
 def id_of(body: bytes | None) -> str | None:

@@ -119,7 +119,7 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop: for hosts that have no lifespan."""
+        """As that of the middleware."""
         await self._middleware.aclose()
 
 

@@ -10,12 +10,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+import anyio
+
 from . import ending, headers, portkey, routing
 from .config import ProxyConfig
 from .egress import Reply, complete, render
-from .errors import BadRequest, ClientDisconnected, KeyMissing, ProxyError, UpstreamAborted, UpstreamFailed
+from .errors import (
+    AnswerTimeout,
+    BadRequest,
+    ClientDisconnected,
+    KeyMissing,
+    Overloaded,
+    ProxyError,
+    UpstreamAborted,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
 from .exchange import Chunks, Layer, ProxyRequest, nothing_to_close
-from .ingress import RequestBody, while_connected
+from .ingress import RequestBody, in_time, too_late, while_connected
 from .json_bodies import plainly
 from .keys import KeyRequest, KeyResolver, resolve
 from .layers.deadline import request_timeout
@@ -31,6 +43,7 @@ from .policy import permit
 from .store import Ledger, MemoryPredictionStore, PredictionStore
 from .telemetry import Redact, RequestSpan, Telemetry
 from .upstream import Upstream
+from .via import Via
 
 if TYPE_CHECKING:
     import httpx
@@ -63,7 +76,8 @@ class ReplicateProxyMiddleware:
         key_resolver: from the caller's key to the Replicate token to use.
         config: every other setting.
         transport: any `httpx.AsyncBaseTransport`; never closed here. By default one is opened for each event loop at
-            its first request, and closed with the host's lifespan.
+            its first request, and closed with the host's lifespan. httpx's own gives what is left over of an answer to
+            the next request, which may be another tenant's; ours closes such a connection.
         layers: what requests pass on their way to Replicate, outermost first.
         store: what is known of predictions beyond a request; by default in the memory of this process.
         prices: what predictions cost, by model, deployment or hardware: a table, or an async callable.
@@ -95,6 +109,7 @@ class ReplicateProxyMiddleware:
         self._config = config = config or ProxyConfig()
         self._prefix = config.prefix
         self._decoded_prefix = unquote(config.prefix)
+        self._in_flight = self._under_way = 0
         self._key_resolver = key_resolver
         self._forward_headers = frozenset(name.lower().encode() for name in config.forward_headers)
         ledger = Ledger(MemoryPredictionStore() if store is None else store, timeout=config.store_timeout)
@@ -110,6 +125,7 @@ class ReplicateProxyMiddleware:
             tracer_provider=tracer_provider,
             meter_provider=meter_provider,
         )
+        self._via = Via(upstream=config.upstream, prefix=config.prefix)
         self._upstream = Upstream(config, transport)
         self._stream_hosts = Upstream(replace(config, max_connections=config.max_streams), transport)
         self._streams = self._stream_endpoint()
@@ -172,28 +188,54 @@ class ReplicateProxyMiddleware:
                 claimed = self._claim(scope)
                 if claimed is not None:
                     below, repaired = claimed
-                    body, reply = RequestBody(receive), Reply(send, method=scope["method"])
+                    body = RequestBody(receive, timeout=self._config.body_timeout)
+                    reply = Reply(send, method=scope["method"])
                     afterwards: list[Callable[[], Awaitable[None]]] = []
+                    self._under_way += 1
                     try:
                         await self._exchange(scope, below, body, reply, afterwards, repaired=repaired)
                     finally:
-                        if afterwards:
-                            await ending.run(afterwards)
+                        try:
+                            if afterwards:
+                                await ending.run(afterwards)
+                        finally:
+                            self._under_way -= 1
                     return
         elif scope["type"] == "lifespan":
-            send = self._closing(send)
+            receive, send = self._ending(receive), self._closing(send)
         await self.app(scope, receive, send)
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop: for hosts that have no lifespan."""
+        """Close the connections of this event loop, when what is under way has ended, or after 10 seconds: for hosts
+        that have no lifespan."""
+        await self._ended()
+        await self._close()
+
+    async def _ended(self) -> None:
+        with anyio.move_on_after(ending.AFTERWARDS_TIMEOUT):
+            while self._under_way:  # noqa: ASYNC110 - they may be of several event loops
+                await anyio.sleep(0.01)
+
+    async def _close(self) -> None:
         await self._upstream.aclose()
         await self._stream_hosts.aclose()
+
+    def _ending(self, receive: Any) -> Any:
+        async def when_all_have_ended() -> Any:
+            message = await receive()
+            # uvicorn says so as soon as it has cancelled what was left: the host would close its telemetry and stores
+            # under what still has to be told and kept.
+            if message["type"] == "lifespan.shutdown":
+                await self._ended()
+            return message
+
+        return when_all_have_ended
 
     def _closing(self, send: Any) -> Any:
         async def closing(message: Any) -> None:
             # Before the server hears of it, since it then stops the event loop.
             if message["type"] in _CLOSING:
-                await self.aclose()
+                await self._close()
             await send(message)
 
         return closing
@@ -224,12 +266,22 @@ class ReplicateProxyMiddleware:
             body.waiting = reply.waiting = span.waiting
             failure: Exception | None = None
             try:
-                if own is not None:
-                    relay = await own(scope, path, body, reply, span)
-                else:
-                    request = await self._admit(scope, path, route, body, span, afterwards, repaired)
-                    relay = partial(self._relay, request, body, reply, span.id)
-                await while_connected(body, relay, ending=reply.is_ending)
+                if self._in_flight >= self._config.max_in_flight:
+                    raise Overloaded(f"max_in_flight: {self._in_flight} requests are under way; try again.")
+                self._in_flight += 1
+                try:
+                    begun: Awaitable[Callable[[], Awaitable[None]]]
+                    if own is None:
+                        begun = self._admit(scope, path, route, body, reply, span, afterwards, repaired)
+                    else:
+                        begun = own(scope, path, body, reply, span)
+                    seconds, deadline = self._config.total_timeout, None
+                    if seconds is not None:
+                        deadline = anyio.current_time() + seconds
+                        begun = in_time(begun, seconds, too_late)
+                    await while_connected(body, await begun, ending=reply.is_ending, deadline=deadline)
+                finally:
+                    self._in_flight -= 1
             except Exception as error:
                 failure = error
             try:
@@ -254,12 +306,14 @@ class ReplicateProxyMiddleware:
         path: str,
         route: routing.Route,
         body: RequestBody,
+        reply: Reply,
         span: RequestSpan,
         afterwards: list[Callable[[], Awaitable[None]]],
         repaired: bool,
-    ) -> ProxyRequest:
+    ) -> Callable[[], Awaitable[None]]:
         """All that is decided before anything goes up. The key is resolved before a byte of body is read, so that a
         refusal costs the caller no upload."""
+        via = self._via.up(scope)
         target = routing.check(scope["method"], path, scope["query_string"])
         caller = portkey.read(scope["headers"])
         span.caller(caller)
@@ -289,7 +343,7 @@ class ReplicateProxyMiddleware:
         )
         span.resolved(key)
         permit(key.policy, route, path)
-        await body.begin(declared)
+        await body.begin(declared, limit=self._config.max_body_size)
         whole = body.whole()
         length = declared if whole is None else len(whole)
         content: AsyncIterable[bytes] = body if whole is None else Chunks([whole])
@@ -297,7 +351,7 @@ class ReplicateProxyMiddleware:
             # Portkey's asynchronous SDK sends `{}` along; content has no meaning there (RFC 9110, section 9.3.1).
             body.abandon()
             content, kept, length = Chunks([]), headers.without_content(kept), 0
-        return ProxyRequest(
+        request = ProxyRequest(
             method=scope["method"],
             target=target,
             route=route,
@@ -308,10 +362,12 @@ class ReplicateProxyMiddleware:
             portkey=caller,
             scope=scope,
             repaired_path=repaired,
+            via=(via,),
             traceparent=span.traceparent,
             notes=span.notes,
             afterwards=afterwards,
         )
+        return partial(self._relay, request, body, reply, span.id)
 
     async def _relay(self, request: ProxyRequest, body: RequestBody, reply: Reply, request_id: str) -> None:
         try:
@@ -382,7 +438,7 @@ class ReplicateProxyMiddleware:
         if body.failure is not None:
             raise body.failure
         if reply.status is not None and not isinstance(error, ClientDisconnected):
-            raise error
+            raise AnswerTimeout() if isinstance(error, UpstreamTimeout) else error
         if isinstance(error, UpstreamAborted):
             error = UpstreamFailed()
         if not isinstance(error, ProxyError):

@@ -20,6 +20,8 @@ _PATH_SAFE = "/:@!$&'()*+,;=-._~"
 _DOT_SEGMENT = re.compile(r"(?:^|/)\.{1,2}(?=/|$)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 _UNENCODED = re.compile(r"[^\x21-\x7e]|#")
+# RFC 9110, section 5.6.2.
+_TOKEN = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Z]+")
 
 # Targets of which `check` has nothing to say, whatever it looks for: nearly all.
 _ORDINARY = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9_.~-]*+)*+")
@@ -166,13 +168,16 @@ def check(method: str, path: str, query: bytes) -> str:
 
     Raises:
         MethodNotAllowed: TRACE would echo credentials, CONNECT has no target here (RFC 9110, section 9.3).
-        BadRequest: a method in small letters, which httpx would send in capitals; dot segments, backslashes and control
-            characters, plain or encoded; `#`, spaces and bytes outside ASCII; a path that is an object turned to text.
+        BadRequest: a method in small letters, which httpx would send in capitals, or that is no token; dot segments,
+            backslashes and control characters, plain or encoded; `#`, spaces and bytes outside ASCII; a path that is
+            an object turned to text.
     """
     if method != method.upper():
         raise BadRequest("Methods are told apart by case, and are written in capitals.")
     if method in ("TRACE", "CONNECT", "TRACK"):
         raise MethodNotAllowed()
+    if not (method.isascii() and method.isalpha()) and not _TOKEN.fullmatch(method):
+        raise BadRequest("The method is none that HTTP has room for.")
     if not query and _ORDINARY.fullmatch(path):
         return path
     if path[:1] not in ("", "/"):

@@ -211,7 +211,7 @@ DONE = b"event: done\nid: 1690212293:0\ndata: {}\n\n"
 async def test_each_event_is_relayed_before_the_next_arrives(upstream: RawUpstream) -> None:
     def script(connection: Connection) -> None:
         connection.request()
-        connection.send(SSE + b"cache-control: public, max-age=60\r\nset-cookie: a=b\r\nreplicate-edge: x\r\n\r\n")
+        connection.send(SSE + b"set-cookie: a=b\r\nreplicate-edge: x\r\n\r\n")
         connection.send(chunk(FIRST))
         if upstream.go_on.wait(5):
             connection.send(chunk(DONE) + b"0\r\n\r\n")
@@ -223,12 +223,8 @@ async def test_each_event_is_relayed_before_the_next_arrives(upstream: RawUpstre
             response = await opened(made, path, ((b"last-event-id", b"1690212291:7"),))
             assert response.status == 200
             assert response.headers == (
-                (b"content-type", b"text/event-stream"),
+                (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"replicate-edge", b"x"),
-                (b"cache-control", b"no-store"),
-                (b"x-accel-buffering", b"no"),
-                (b"x-content-type-options", b"nosniff"),
-                (b"content-security-policy", b"default-src 'none'; sandbox"),
             )
             body = aiter(response.body)
             assert await anext(body) == FIRST
@@ -278,7 +274,7 @@ async def test_head_opens_the_stream_and_reads_nothing(upstream: RawUpstream) ->
     upstream.script = script
     async with at(upstream) as (made, path):
         response = await opened(made, path, method="HEAD")
-        assert response.headers[0] == (b"content-type", b"text/event-stream")
+        assert response.is_event_stream
         await response.aclose()
         assert await anyio.to_thread.run_sync(upstream.closed.wait, 2)
     assert upstream.requests[0].line.startswith(b"GET ")
@@ -494,7 +490,7 @@ async def test_a_prediction_of_replicate_to_its_end_and_from_its_middle(fake_rep
         rest = await read(made, path, ((b"last-event-id", last),))
         gone = await read(made, signed(made, url + "x"))
     await transport.aclose()
-    assert (b"content-type", b"text/event-stream") in whole.response.headers
+    assert whole.response.is_event_stream
     assert events[0].startswith(b"event: output\n")
     assert events[-1].startswith(b"event: done\n")
     assert len(events) > 4

@@ -188,8 +188,9 @@ async def test_a_hit_is_the_answer_as_it_came(cached: Make, upstream: RawUpstrea
         return [pair for pair in caller.headers if not pair[0].startswith(b"x-portkey-")]
 
     expected = [(name.lower(), value) for name, value in sent[:-2]]
-    assert replicate_s(first) == expected
-    assert replicate_s(second) == [*expected, (b"age", b"7")]
+    added = [(b"cache-control", b"private, no-store"), (b"x-content-type-options", b"nosniff")]
+    assert replicate_s(first) == [*expected, *added]
+    assert replicate_s(second) == [*expected, (b"age", b"7"), *added]
     assert len(upstream.requests) == 1
 
 
@@ -338,10 +339,11 @@ async def test_an_answer_that_states_no_lifetime_has_that_of_the_host(
     upstream.script = counting(b"last-modified: Sat, 01 Jan 2000 00:00:00 GMT\r\n")
     app = cached(lifetime=30)
     first = await read(app)
-    assert first.header(b"cache-control") == []
+    assert first.header(b"cache-control") == [b"private, no-store"]
     clock.advance(29.5)
     kept = await read(app)
-    assert (word(kept), kept.header(b"age"), kept.header(b"cache-control")) == ("HIT", [b"29"], [])
+    assert (word(kept), kept.header(b"age")) == ("HIT", [b"29"])
+    assert kept.header(b"cache-control") == [b"private, no-store"]
     clock.advance(0.5)
     assert word(await read(app)) == "MISS"
     clock.advance(29.9)

@@ -75,11 +75,13 @@ async def test_two_in_one_event_loop_have_connections_of_their_own(upstream: Raw
 
 
 async def test_the_wire(upstream: RawUpstream) -> None:
-    assert await _exchange(_to(upstream), _request(target="/a%2Fb//c?x=%20&x=|")) == b"{}"
+    via = ((b"via", b"1.1 a"),)
+    assert await _exchange(_to(upstream), _request(target="/a%2Fb//c?x=%20&x=|", via=via)) == b"{}"
     [received] = upstream.requests
     assert received.line == b"GET /v1/a%2Fb//c?x=%20&x=| HTTP/1.1"
     assert received.headers == [
         (b"host", f"127.0.0.1:{upstream.port}".encode()),
+        (b"via", b"1.1 a"),
         (b"accept", b"*/*"),
         (b"authorization", b"Bearer " + TOKEN.encode()),
     ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TypeAlias
 
 import anyio
@@ -12,6 +14,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 
+from replicate_proxy_mw.upstream import fast, http11, network
 from replicate_proxy_mw.upstream.contract import Received
 from replicate_proxy_mw.upstream.fast import FastTransport
 from replicate_proxy_mw.upstream.transport import PooledTransport
@@ -737,6 +740,89 @@ async def test_timeouts(transport: PooledTransport, upstream: RawUpstream) -> No
         await _ask(transport, "POST", headers=[(b"content-length", b"20000000")], body=b"x" * 20_000_000, write=0.05)
     upstream.script = _always(OK)
     await _still_works(transport)
+
+
+@pytest.mark.parametrize("pieces", [[b"HTTP/1.1 103 Early Hints\r\n\r\n"] * 9, [OK[i : i + 1] for i in range(len(OK))]])
+async def test_a_head_has_one_timeout_however_it_trickles(
+    transport: PooledTransport, upstream: RawUpstream, pieces: list[bytes]
+) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        for piece in pieces:
+            connection.send(piece)
+            if upstream.go_on.wait(0.2):
+                return
+        connection.send(OK)
+
+    upstream.script = script
+    began = time.monotonic()
+    with pytest.raises(httpx.ReadTimeout):
+        await _ask(transport, read=0.5)
+    assert 0.4 < time.monotonic() - began < 1.5
+    upstream.go_on.set()
+    upstream.script = _always(OK)
+    await _still_works(transport)
+
+
+async def test_a_head_that_is_late_with_its_last_byte_is_late(
+    transport: PooledTransport, upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if that byte is here when somebody looks."""
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(OK[:20])
+        upstream.go_on.wait(5)
+
+    upstream.script = script
+    for module, now in ((http11, 0.0), (fast, 0.0), (network, 5.0)):
+        monkeypatch.setattr(module, "monotonic", partial(float, now))
+    with anyio.fail_after(2), pytest.raises(httpx.ReadTimeout):
+        await _ask(transport)
+
+
+async def test_each_read_of_a_body_has_its_timeout(transport: PooledTransport, upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n")
+        for _ in range(5):
+            upstream.go_on.wait(0.25)
+            connection.send(b"a")
+
+    upstream.script = script
+    assert await _body(await _ask(transport, read=0.8)) == b"aaaaa"
+
+
+async def test_the_head_s_timeout_begins_with_the_request_s_last_byte(
+    transport: PooledTransport, upstream: RawUpstream
+) -> None:
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 2")
+        while len(connection.buffer) < 5:
+            connection.buffer += connection.socket.recv(100)
+        connection.send(OK[10:])
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b"x"
+            await anyio.sleep(0.25)
+
+    upstream.script = script
+    received = await _ask(transport, "POST", headers=[(b"content-length", b"5")], body=body(), read=0.8)
+    assert (received.status, await _body(received)) == (200, b"ok")
+
+
+async def test_without_a_timeout_a_head_is_waited_for(transport: PooledTransport, upstream: RawUpstream) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(OK[:20])
+        upstream.go_on.wait(0.1)
+        connection.send(OK[20:])
+
+    upstream.script = script
+    received = await transport.exchange("GET", b"/", [(b"host", b"api.test")], b"", {"connect": 5.0, "pool": 5.0})
+    assert await _body(received) == b"ok"
 
 
 async def test_nobody_listens(kind: Kind) -> None:

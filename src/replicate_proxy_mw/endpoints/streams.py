@@ -19,15 +19,6 @@ from ..headers import HeaderList
 from ..upstream import Answer, classify
 from .stream_urls import Stream, StreamUrls, is_meant
 
-# The URL needs no credentials, so any page can lead a browser there: nothing it shows may run in the host's origin.
-# nginx collects an answer unless it is told otherwise (nginx.org, ngx_http_proxy_module, proxy_buffering).
-_ADDED = (
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"content-security-policy", b"default-src 'none'; sandbox"),
-)
-
 
 class StreamEndpoint:
     """Makes URLs for Replicate's streams, and answers them.
@@ -131,9 +122,4 @@ def _down(response: httpx.Response) -> HeaderList:
         raise UpstreamFailed("Replicate's stream host answered with a redirect, which is not followed.")
     if not 200 <= status < 600:
         raise UpstreamFailed()
-    kept = [pair for pair in headers.down(response.headers.raw, status) if pair[0] != b"cache-control"]
-    # Without parameters: a stream is UTF-8 in any case (HTML standard, section 9.2.5), and some readers compare all.
-    for i, (name, value) in enumerate(kept):
-        if name == b"content-type" and value.split(b";")[0].strip().lower() == b"text/event-stream":
-            kept[i] = (name, b"text/event-stream")
-    return (*kept, *_ADDED)
+    return headers.down(response.headers.raw, status)

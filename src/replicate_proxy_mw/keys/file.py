@@ -54,10 +54,11 @@ class FileKeyResolver:
     def __init__(
         self, path: str | os.PathLike[str], *, environ: Mapping[str, str] = os.environ, check_interval: float = 0.5
     ) -> None:
+        self._environ = environ
+        del environ  # exceptions show the locals of their frames
         if not check_interval >= 0:
             raise ValueError("check_interval: must not be negative")
         self._path = Path(path).absolute()
-        self._environ = environ
         self._check_interval = check_interval
         self._content = parse("")
         self._tokens: Mapping[str, ReplicateKey] = {}
@@ -66,7 +67,6 @@ class FileKeyResolver:
         self._good_until = 0.0
         self._loading: dict[object, anyio.Event] = {}
         self._lock = threading.Lock()
-        del environ  # exceptions show the locals of their frames
         problems = self._load(_Files({}))
         if problems:
             raise ValueError(f"{self._path}: {problems[0][0]}")

@@ -18,7 +18,6 @@ from .. import routing
 from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse
 from ..json_bodies import (
     asking_for_plain,
-    for_one_caller,
     held,
     id_of,
     is_readable,
@@ -58,12 +57,10 @@ def rewrite_links(
         upstream: links that begin with it lead to the proxy, as do those that begin with Replicate's public URL.
         prefix: what the proxy takes in the host, percent-encoded; may be empty.
         public_url: the URL of the prefix for callers, without `/` at its end. By default as each caller has reached it,
-            by scheme, Host and path; the answer is then for that caller only (`cache-control: private, no-store`).
+            by scheme, Host and path.
         stream_path: from `urls.stream` of a prediction and its id to a path below the prefix, None to leave the link.
     """
     bases = sorted({PUBLIC_BASE, upstream}, key=len, reverse=True)
-    # By its Host header, or with a stream that whoever has the URL may read.
-    one_caller = public_url is None or stream_path is not None
 
     def layer(forward: Forward) -> Forward:
         async def rewriting(request: ProxyRequest) -> ProxyResponse:
@@ -85,11 +82,11 @@ def rewrite_links(
             rewrite = _rewrite(request, link, stream if stream_path else None)
             response = await forward(request if rewrite is None else asking_for_plain(request))
             if any([name == b"location" for name, _ in response.headers]):
-                response = _located(response, link, one_caller=one_caller)
+                response = _located(response, link)
             if rewrite is None or not is_readable(response):
                 return response
             response, came, whole = await held(response)
-            return _with_links(response, came, rewrite, one_caller=one_caller) if whole else response
+            return _with_links(response, came, rewrite) if whole else response
 
         return rewriting
 
@@ -228,20 +225,15 @@ def _one_by_one(text: str, names: Collection[str], within: str | None) -> Iterat
                     yield inner, url, start + first, start + last
 
 
-def _located(response: ProxyResponse, link: Edit, *, one_caller: bool) -> ProxyResponse:
+def _located(response: ProxyResponse, link: Edit) -> ProxyResponse:
     headers = []
     for name, value in response.headers:
         new = link(value.decode("latin-1")) if name == b"location" else None
         headers.append((name, value if new is None else new.encode("latin-1")))
-    if tuple(headers) == response.headers:
-        return response
-    located = replace(response, headers=tuple(headers))
-    return for_one_caller(located) if one_caller else located
+    return replace(response, headers=tuple(headers))
 
 
-def _with_links(
-    response: ProxyResponse, came: bytes, rewrite: Callable[[str], str], *, one_caller: bool
-) -> ProxyResponse:
+def _with_links(response: ProxyResponse, came: bytes, rewrite: Callable[[str], str]) -> ProxyResponse:
     """The answer, whose body is `came`, with its links rewritten."""
     plain = plain_of(response, came)
     if plain is None:
@@ -250,4 +242,4 @@ def _with_links(
         body = rewrite(plain.decode()).encode()
     except UnicodeDecodeError:
         body = plain
-    return response if body == came else with_body(response, body, one_caller=one_caller and body != plain)
+    return response if body == came else with_body(response, body)

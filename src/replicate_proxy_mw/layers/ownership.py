@@ -12,7 +12,6 @@ from ..exchange import Forward, Layer, ProxyRequest, ProxyResponse, where
 from ..json_bodies import (
     asking_for_plain,
     elements,
-    for_one_caller,
     held,
     is_readable,
     members,
@@ -38,14 +37,14 @@ def own_predictions(ledger: Ledger) -> Layer:
                 raise NotOwned()
             if operation.creates:
                 await ledger.writable()
-                return for_one_caller(await forward(request))
+                return await forward(request)
             if operation.id in LISTS:
                 return await _filtered(request, tenant, forward, ledger)
             if (id := _id(request)) is None:
                 return await forward(request)
             if not await ledger.own(tenant, [id]):
                 raise NotOwned()
-            return for_one_caller(await forward(request))
+            return await forward(request)
 
         return where(lambda request: request.key.policy.own_predictions, then=owned, otherwise=forward)
 
@@ -64,14 +63,14 @@ async def _filtered(request: ProxyRequest, tenant: str, forward: Forward, ledger
     if not 200 <= response.status < 300:
         return response
     if request.method == "HEAD":
-        return for_one_caller(without_length(response))
+        return without_length(response)
     page = await _page(response)
     if page is None:
         raise UpstreamFailed("own_predictions: Replicate's list cannot be read, and is not shown unfiltered.")
     own = await ledger.own(tenant, [one.id for one in page.items if one.id is not None])
     results = ",".join(page.text[one.start : one.end] for one in page.items if one.id in own)
     shown = f"{page.text[: page.start]}[{results}]{page.text[page.end :]}"
-    return for_one_caller(with_body(response, shown.encode()))
+    return with_body(response, shown.encode())
 
 
 class _Item(NamedTuple):

@@ -79,4 +79,4 @@ def _may_follow(came: ProxyResponse | ProxyError, request: ProxyRequest, codes: 
 def _wait(came: ProxyResponse | ProxyError, otherwise: float) -> float:
     """Seconds until the next attempt; the form of `Retry-After` with a date is one that Replicate does not send."""
     value = dict(came.headers).get(b"retry-after", b"") if isinstance(came, ProxyResponse) else b""
-    return float(value) if value.isdigit() else otherwise * random.uniform(0.5, 1)
+    return float(value) if value.isdigit() else otherwise * random.uniform(0.5, 1)  # nosec B311 # no secret

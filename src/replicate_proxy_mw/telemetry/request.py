@@ -104,7 +104,7 @@ class RequestSpan:
         self.said: dict[str, str] = {}
         self.notes: dict[str, bool | int | float | str] = {}
         self.traceparent = span.traceparent if type(span) is Named else traceparent(span.get_span_context())
-        self.id = random.randbytes(16).hex() if self.traceparent is None else self.traceparent[3:35]
+        self.id = random.randbytes(16).hex() if self.traceparent is None else self.traceparent[3:35]  # nosec B311 # a name
         self._scope, self._template, self._is_server = scope, template, is_server
         self.afterwards, self._story = afterwards, story
         self._told: Attributes = {}

@@ -47,6 +47,7 @@ class Exchanging(Protocol):
             headers: in order, `host` and one of `content-length` and `transfer-encoding: chunked` among them where
                 there is a body.
             body: what does not fit the announced length fails the request before it is whole.
-            timeouts: seconds, by httpx's names: `connect`, `read`, `write` and `pool`.
+            timeouts: seconds, by httpx's names: `connect`, `read`, `write` and `pool`. Of these `read` is for the whole
+                head of the answer, from the request's last byte, and then for each read of the body.
         """
         ...

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterable, Mapping, Sequence
+from time import monotonic
 
 import httptools
 import httpx
 
 from .http11 import Answered
-from .network import NetworkStream
+from .network import NetworkStream, left
 from .pool import Origin
 from .transport import PooledTransport
 
@@ -107,8 +108,12 @@ class FastConnection:
             self._reusable = False
             if not self._stream.get_extra_info("is_readable"):
                 raise
-        while not self._status:
+        if not self._status:
+            # One for the whole head: neither interim answers nor single bytes of it give more time.
+            deadline = None if seconds is None else monotonic() + seconds
             await self._receive(seconds)
+            while not self._status:
+                await self._receive(left(deadline))
         return Answered(self._status, self._headers, self._taken(), self._ended)
 
     async def more(self, seconds: float | None) -> tuple[bytes, bool]:

@@ -118,7 +118,8 @@ class Upstream:
             )
         except BaseException as error:
             del sent  # a host that cancels may look into the frames
-            error.__traceback__ = None
+            # On trio closing the connection raises another, whose context has the frames.
+            error.__traceback__ = error.__context__ = None
             if not isinstance(error, Exception):
                 raise
             return error if isinstance(error, ProxyError) else classify(error)
@@ -139,7 +140,7 @@ class Upstream:
             )
         except BaseException as error:
             del sent
-            error.__traceback__ = None
+            error.__traceback__ = error.__context__ = None
             if not isinstance(error, Exception):
                 raise
             return error if isinstance(error, ProxyError) else classify(error)
@@ -147,7 +148,7 @@ class Upstream:
         return await self._open_answer(response.status_code, response.headers.raw, Answer(response.stream))
 
     def _headers(self, request: ProxyRequest) -> list[tuple[bytes, bytes]]:
-        return headers.with_token((self._host, *_framing(request), *request.headers), request.key)
+        return headers.with_token((self._host, *_framing(request), *request.via, *request.headers), request.key)
 
     async def _open_answer(
         self, status: int, raw: Sequence[tuple[bytes, bytes]], body: Answer

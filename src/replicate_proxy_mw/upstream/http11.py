@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from functools import lru_cache
+from time import monotonic
 from typing import NamedTuple
 
 import h11
 import httpx
 
-from .network import NetworkStream
+from .network import NetworkStream, left
 
 # Both as in httpcore.
 READ_SIZE = 65536
@@ -81,18 +82,30 @@ class Http11Connection:
         except h11.LocalProtocolError:
             raise httpx.LocalProtocolError("a head that is not allowed, or a body of another length") from None
         seconds = timeouts.get("read")
+        # One for the whole head: neither interim answers nor single bytes of it give more time.
+        deadline = None if seconds is None else monotonic() + seconds
         interim = 0
-        self._h11.receive_data(await self._stream.read(READ_SIZE, seconds))
+        data = await self._stream.read(READ_SIZE, seconds)
+        # h11 would wait for a blank line, and takes any version.
+        if data[:7] != b"HTTP/1."[: len(data)]:
+            raise httpx.RemoteProtocolError("no answer of HTTP/1.1")
+        size = len(data)
+        self._h11.receive_data(data)
         try:
             while type(event := self._h11.next_event()) is not h11.Response:
                 if event is h11.NEED_DATA:
-                    self._h11.receive_data(await self._stream.read(READ_SIZE, seconds))
+                    data = await self._stream.read(READ_SIZE, left(deadline))
+                    size += len(data)
+                    self._h11.receive_data(data)
                 else:
                     interim += 1
                     if interim > MAX_INTERIM:
                         raise httpx.RemoteProtocolError("interim answers without end")
         except h11.RemoteProtocolError:
             raise httpx.RemoteProtocolError("no answer, or none of HTTP/1.1") from None
+        # h11 looks at the size of what is incomplete only.
+        if size > MAX_HEAD and size - len(self._h11.trailing_data[0]) > MAX_HEAD:
+            raise httpx.RemoteProtocolError("a head that is too large")
         return Answered(event.status_code, event.headers.raw_items(), *self._available())
 
     async def more(self, seconds: float | None) -> tuple[bytes, bool]:

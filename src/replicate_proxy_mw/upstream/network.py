@@ -48,6 +48,20 @@ class NetworkStream(Protocol):
         ...
 
 
+def left(deadline: float | None) -> float | None:
+    """Seconds until `deadline`, which is one of `monotonic`.
+
+    Raises:
+        httpx.ReadTimeout: there are none.
+    """
+    if deadline is None:
+        return None
+    seconds = deadline - monotonic()
+    if seconds <= 0:
+        raise httpx.ReadTimeout("no answer in time")
+    return seconds
+
+
 async def connect(
     host: str, port: int, *, ssl_context: ssl.SSLContext | None, seconds: float | None = None
 ) -> NetworkStream:
