@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from replicate_proxy_mw import ProxyConfig, ingress
 from tests.raw_upstream import RawUpstream
 
-pytest_plugins = ["replicate_proxy_mw.testing.pytest_plugin", "tests.services"]
+pytest_plugins = ["replicate_proxy_mw.testing.pytest_plugin", "tests.services", "tests.canary"]
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -1029,7 +1029,7 @@ def _leaks(sink: Sink, log: Log, stages: Iterable[Stage]) -> list[str]:
 
 
 @pytest.mark.parametrize("play", CASES.values(), ids=CASES)
-async def test_no_secret_is_told(play: Play, anyio_backend: str) -> None:
+async def test_no_secret_is_told(play: Play, anyio_backend: str, tells_secrets: None) -> None:
     # One of the two on each: what is captured has nothing to do with the event loop.
     capture = {"asyncio": "SPAN_AND_EVENT", "trio": "NO_CONTENT"}[anyio_backend]
     stages = []
