@@ -13,7 +13,7 @@ from replicate_proxy_mw import MappingKeyResolver, ProxyConfig, ReplicateKey, Re
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 
-TOKEN = "r8_00000000000000000000000000000000000"
+TOKEN = "r8_Wq4Zk7TnXb2LmRv9JdHs6PyFc3GaQe8Uo1K"
 KEY = (b"x-portkey-api-key", b"pk-team-a")
 
 

@@ -317,5 +317,5 @@ async def test_the_connection_of_a_lookup_is_used_again(upstream: RawUpstream) -
 async def test_nothing_of_the_request_but_the_version_is_on_the_lookup(upstream: RawUpstream) -> None:
     await _create(_app(upstream.url, [HELLO], lookup=True), HELLO_ID)
     lookup = upstream.requests[0]
-    assert {name for name, _ in lookup.headers} == {b"host", b"authorization", b"accept-encoding"}
+    assert {name for name, _ in lookup.headers} == {b"host", b"via", b"authorization", b"accept-encoding"}
     assert lookup.body == b""

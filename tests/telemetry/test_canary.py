@@ -1045,6 +1045,7 @@ async def test_no_secret_is_told(play: Play, anyio_backend: str, tells_secrets: 
     assert leaks == []
 
 
+@pytest.mark.usefixtures("plants_secrets")
 @pytest.mark.parametrize("where", ["span", "name", "event", "metric", "log", "logged exception", "local", "content"])
 @pytest.mark.parametrize("form", SECRETS)
 async def test_the_search_finds_what_is_told(where: str, form: str) -> None:
@@ -1092,6 +1093,7 @@ def _with_a_local(secret: str) -> Exception:
     raise AssertionError
 
 
+@pytest.mark.usefixtures("tells_secrets")
 @pytest.mark.parametrize(("capture", "seen"), [("NO_CONTENT", 0), ("SPAN_ONLY", 2), ("SPAN_AND_EVENT", 4)])
 async def test_where_content_is_captured_the_search_looks_through_it(capture: str, seen: int) -> None:
     with Sink() as sink, tracing(sink) as (tracer_provider, meter_provider), RawUpstream() as upstream:
