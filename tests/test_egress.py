@@ -86,6 +86,25 @@ async def test_who_leaves_ends_even_an_answer_that_never_waits(anyio_backend: st
     assert not caller.complete
 
 
+class _Endless:
+    """A body that never waits for anything."""
+
+    def __aiter__(self) -> _Endless:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return b"a"
+
+
+async def test_timers_run_even_within_an_answer_that_never_waits() -> None:
+    async def send(message: Any) -> None:
+        pass
+
+    with anyio.move_on_after(0.05) as scope:
+        await Reply(send, method="GET").relay(ProxyResponse(status=200, headers=(), body=_Endless()))
+    assert scope.cancelled_caught
+
+
 async def test_a_middleware_around_us_may_add_headers() -> None:
     messages = []
 

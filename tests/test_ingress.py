@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import asynccontextmanager, suppress
 from traceback import TracebackException
+from types import coroutine
 from typing import Any
 
 import anyio
@@ -268,6 +269,12 @@ async def test_what_is_there_in_time() -> None:
         await anyio.sleep(0.01)
         return "soon"
 
+    @coroutine
+    def of_a_generator() -> Generator[Any, Any, str]:
+        yield from soon().__await__()
+        return "of a generator"
+
+    assert await in_time(of_a_generator(), 5, BodyTimeout) == "of a generator"
     assert await in_time(at_once(), 5, BodyTimeout) == "at once"
     assert await in_time(soon(), 5, BodyTimeout) == "soon"
 

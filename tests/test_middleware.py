@@ -164,6 +164,40 @@ async def test_lifespan_is_the_host_s_and_closes_what_was_opened(upstream: RawUp
     await middleware.aclose()
 
 
+async def test_a_host_that_asks_for_its_lifespan_again_and_again_gets_its_end(upstream: RawUpstream) -> None:
+    told: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while not told:
+            with anyio.move_on_after(0.05):
+                told.append((await receive())["type"])
+
+    messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> Any:
+        if not messages:
+            await anyio.sleep_forever()
+        return messages.pop()
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.wait_closed()
+
+    upstream.script = script
+    middleware, caller = proxy(upstream.url, app=app), Caller()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller.call, middleware, http_scope())
+        while not upstream.requests:  # noqa: ASYNC110 - of another thread
+            await anyio.sleep(0.01)
+        tasks.start_soon(middleware, {"type": "lifespan"}, receive, None)
+        await anyio.sleep(0.2)
+        assert not told
+        caller.left.set()
+        await middleware.ended()
+    assert told == ["lifespan.shutdown"]
+    await middleware.aclose()
+
+
 @pytest.mark.parametrize("limit", [10.0, 0.05])
 async def test_the_host_s_lifespan_ends_when_all_requests_have(
     upstream: RawUpstream, monkeypatch: pytest.MonkeyPatch, limit: float
@@ -729,6 +763,7 @@ async def test_no_request_takes_longer_than_it_may(upstream: RawUpstream, at: st
     assert 0.2 < time.monotonic() - began < 2
     assert (caller.status, _error(caller)["type"]) == (504, "upstream_timeout")
     assert "total_timeout" in _error(caller)["detail"]
+    assert ("nothing was sent" in _error(caller)["detail"]) is (at in ("resolver", "body"))
     if at in ("resolver", "body"):
         assert not upstream.connections
     else:
@@ -749,6 +784,54 @@ async def test_an_answer_that_takes_longer_than_it_may_is_cut(
     spans = [span.attributes or {} for span in exporter.get_finished_spans()]
     [told] = [told for told in spans if "replicate_proxy.outcome" in told]
     assert (told["replicate_proxy.outcome"], told["error.type"]) == ("upstream_timeout", "upstream_timeout")
+    await app.aclose()
+
+
+@pytest.mark.parametrize("at", ["http.response.start", "http.response.body"])
+@pytest.mark.parametrize("whole", [True, False])
+async def test_an_answer_that_has_begun_to_leave_leaves_with_its_status(
+    upstream: RawUpstream, at: str, whole: bool
+) -> None:
+    """A server's own 500 in its place would have SDKs send a create again."""
+    upstream.script = answer_all if whole else _idle_stream
+    app = proxy(upstream.url, options={"total_timeout": 0.3})
+    caller = Caller()
+    delayed = 0
+
+    async def send(message: Any) -> None:
+        nonlocal delayed
+        if message["type"] == at and not delayed:
+            delayed += 1
+            await anyio.sleep(0.5)
+        await caller.send(message)
+
+    with anyio.fail_after(5):
+        if whole:
+            await app(http_scope("POST"), caller.receive, send)
+        else:
+            with pytest.raises(AnswerTimeout):
+                await app(http_scope("POST"), caller.receive, send)
+    assert caller.status == 200
+    assert caller.complete is whole
+    await app.aclose()
+
+
+async def test_what_receive_raises_within_an_upload_leaves_with_its_cause(upstream: RawUpstream) -> None:
+    upstream.script = _reads_in_vain
+    messages = [{"type": "http.request", "body": b"a", "more_body": True}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        try:
+            raise KeyError("quota")
+        except KeyError:
+            raise RuntimeError("too much")  # noqa: B904 - its context is what matters
+
+    app = proxy(upstream.url)
+    with pytest.raises(RuntimeError, match="too much") as raised:
+        await app(http_scope("POST"), receive, Caller().send)
+    assert isinstance(raised.value.__context__, KeyError)
     await app.aclose()
 
 

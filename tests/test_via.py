@@ -35,6 +35,12 @@ def test_a_name_is_that_of_a_deployment() -> None:
     assert len({own(), own(upstream="https://gateway.example/v1"), own(prefix="/v2"), own(prefix="")}) == 4
 
 
+def test_a_scope_need_not_say_its_protocol() -> None:
+    via = Via(upstream=API, prefix="/v1")
+    assert via.up({"headers": []})[1] == own()
+    assert via.up({"headers": [(b"via", b"1.1 google")]})[1] == own()
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1", "2", "3"])
 def test_the_protocol_is_the_caller_s(version: str) -> None:
     assert up(http_version=version) == version.encode() + own()[3:]

@@ -27,7 +27,8 @@ class Reply:
     Attributes:
         status: the status that went out, None before.
         size: bytes of body that went out.
-        ending: the last message is on its way.
+        starting: its status is on its way.
+        ending: the last message is on its way, or can follow at once.
         complete: it went out.
         waiting: what is spent waiting for the server is counted here, if anybody counts.
     """
@@ -37,9 +38,12 @@ class Reply:
         self._bodiless = method == "HEAD"
         self.status: int | None = None
         self.size = 0
-        self.ending = False
+        self.starting = self.ending = False
         self.complete = False
         self.waiting: Waiting | None = None
+
+    def is_starting(self) -> bool:
+        return self.starting
 
     def is_ending(self) -> bool:
         return self.ending
@@ -57,17 +61,22 @@ class Reply:
             "trailers": False,
         }
         self.status = response.status
+        # What can be sent at once is, whoever leaves meanwhile.
+        self.starting, self.ending = True, self._bodiless or _short(response.body) is not None
         await self._out(start)
+        self.starting = False
         chunk = b""
-        if not self._bodiless:
-            if (at_hand := _short(response.body)) is None:
-                async for chunk in response.body:
-                    self.size += len(chunk)
-                    await self._out({"type": "http.response.body", "body": chunk, "more_body": True})
-                    # Whose next chunk is always there never waits, and is not cancelled else.
-                    await anyio.lowlevel.checkpoint_if_cancelled()
-            chunk = at_hand or b""
-            del at_hand  # exceptions show the locals of their frames
+        if not self.ending:
+            sent = 0
+            async for chunk in response.body:
+                self.size += len(chunk)
+                await self._out({"type": "http.response.body", "body": chunk, "more_body": True})
+                # Whose next chunk is always there never waits, and is not cancelled else. The loop has timers, too.
+                sent += 1
+                await (anyio.lowlevel.checkpoint_if_cancelled if sent % 16 else anyio.lowlevel.checkpoint)()
+            chunk = b""
+        elif not self._bodiless:
+            chunk = _short(response.body) or b""
         self.size += len(chunk)
         self.ending = True
         await self._out({"type": "http.response.body", "body": chunk, "more_body": False})
@@ -114,8 +123,8 @@ def complete(response: ProxyResponse, *, method: str, trace_id: str) -> ProxyRes
     been received. Portkey's SDK for Python fails without a content type even at a 204, the one for Node with a JSON
     type there; with parameters after `text/event-stream` the former takes a stream for JSON.
 
-    Nothing that it shows may run in the host's origin, and no cache may keep it: of what was said of that before, only
-    `no-store` and `no-transform` stay. A 304 says so too, since a copy takes its headers (RFC 9110, section 15.4.5).
+    Nothing that it shows may run in the host's origin, and no cache may keep it: what says `no-store` already stays as
+    it came, and `no-transform` stays. A 304 says so too, since a copy takes its headers (RFC 9110, section 15.4.5).
     """
     sent = dict(reversed(response.headers))
     content_type = sent.get(b"content-type", b"")

@@ -216,7 +216,8 @@ async def in_time(wait: Awaitable[T], seconds: float, late: Callable[[], ProxyEr
             return await wait
         raise late()
     # Its first step here: most have not to wait at all, and then a timer would be most of what they take.
-    steps = wait.__await__()
+    # What `types.coroutine` makes has none.
+    steps: Any = getattr(wait, "__await__", lambda: wait)()
     try:
         awaited = [next(steps)]
     except StopIteration as done:
@@ -249,8 +250,17 @@ def _resumed(steps: Generator[Any, Any, T], awaited: list[Any]) -> Generator[Any
             return (yield from steps)
 
 
-def too_late() -> UpstreamTimeout:
-    return UpstreamTimeout("total_timeout: the time for this request is over; it may have been received.")
+# Seconds until a request that is too late, but just begins its answer, is looked at again.
+A_MOMENT = 0.01
+
+
+def too_late(*, sent: bool) -> UpstreamTimeout:
+    what = "it may have been received" if sent else "nothing was sent"
+    return UpstreamTimeout(f"total_timeout: the time for this request is over; {what}.")
+
+
+def _never() -> bool:
+    return False
 
 
 def while_connected(
@@ -258,10 +268,12 @@ def while_connected(
     relay: Callable[[], Awaitable[None]],
     *,
     ending: Callable[[], bool],
+    starting: Callable[[], bool] = _never,
     deadline: float | None = None,
 ) -> Awaitable[None]:
     """Run `relay` until it is done or the caller leaves; once it is `ending`, until it is done. `deadline` is one of
-    `anyio.current_time`.
+    `anyio.current_time`; while it is `starting` to answer it is left to do so: nobody could tell whether another status
+    may follow, and a server's own 500 has SDKs send a create again.
 
     Servers report a departure as soon as an answer is complete, hypercorn while it still sends the last message: to
     cancel it then would leave its connection open.
@@ -274,22 +286,29 @@ def while_connected(
         UpstreamTimeout: it was not done by the deadline.
         ProxyError: `relay` was cancelled by something that it waited for.
     """
-    return (_in_group if asyncio_task() is None else _on_asyncio)(body, relay, ending, deadline)
+    return (_in_group if asyncio_task() is None else _on_asyncio)(body, relay, ending, starting, deadline)
 
 
 async def _on_asyncio(
-    body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool], deadline: float | None
+    body: RequestBody,
+    relay: Callable[[], Awaitable[None]],
+    ending: Callable[[], bool],
+    starting: Callable[[], bool],
+    deadline: float | None,
 ) -> None:
     """What a task group does, in fewer steps."""
     loop = asyncio.get_running_loop()
     # In a task of its own, which only this scope cancels: who cancels the host's task, however often, interrupts
     # nothing that is shielded, such as the record of what is paid, and is shown nothing of what was on its way.
-    scope = anyio.CancelScope() if deadline is None else anyio.CancelScope(deadline=deadline)
+    scope = anyio.CancelScope()
     relaying = loop.create_task(_within(scope, relay))
     lookout = _Lookout(loop, scope, body, ending)
+    late = None if deadline is None else _Deadline(loop, scope, deadline, ending, starting)
     try:
         cancelled = await _end_of(relaying, scope, loop)
     finally:
+        if late is not None:
+            late.timer.cancel()
         await lookout.end()
     if cancelled is not None:
         try:
@@ -302,7 +321,7 @@ async def _on_asyncio(
     if body.disconnected and (came is None or isinstance(came, Exception)):
         raise ClientDisconnected()
     if scope.cancel_called and (came is None or isinstance(came, Exception)):
-        raise too_late()
+        raise too_late(sent=True)
     if came is not None:
         try:
             raise came
@@ -388,19 +407,42 @@ class _Lookout:
             await asyncio.wait((self._watching,))
 
 
+class _Deadline:
+    """Cancels `scope` when it is time."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        scope: anyio.CancelScope,
+        deadline: float,
+        ending: Callable[[], bool],
+        starting: Callable[[], bool],
+    ) -> None:
+        self._loop, self._scope, self._ending, self._starting = loop, scope, ending, starting
+        self.timer = loop.call_at(deadline, self._act)
+
+    def _act(self) -> None:
+        if self._starting():
+            self.timer = self._loop.call_later(A_MOMENT, self._act)
+        elif not self._ending():
+            self._scope.cancel()
+
+
 async def _in_group(
-    body: RequestBody, relay: Callable[[], Awaitable[None]], ending: Callable[[], bool], deadline: float | None
+    body: RequestBody,
+    relay: Callable[[], Awaitable[None]],
+    ending: Callable[[], bool],
+    starting: Callable[[], bool],
+    deadline: float | None,
 ) -> None:
     """The same off asyncio."""
     failures: list[BaseException] = []
     done = late = False
 
     async with anyio.create_task_group() as tasks:
-        if deadline is not None:
-            tasks.cancel_scope.deadline = deadline
 
         async def run() -> None:
-            nonlocal done, late
+            nonlocal done
             try:
                 await relay()
                 done = True
@@ -409,21 +451,31 @@ async def _in_group(
             except BaseException as error:
                 failures.append(error)
             finally:
-                late = tasks.cancel_scope.cancel_called
                 tasks.cancel_scope.cancel()
 
         async def watch() -> None:
             if await body.watch() and not ending():
                 tasks.cancel_scope.cancel()
 
+        async def expire(deadline: float) -> None:
+            nonlocal late
+            await anyio.sleep_until(deadline)
+            while starting():  # noqa: ASYNC110 - as on asyncio
+                await anyio.sleep(A_MOMENT)
+            if not ending():
+                late = True
+                tasks.cancel_scope.cancel()
+
         tasks.start_soon(run)
         tasks.start_soon(watch)
+        if deadline is not None:
+            tasks.start_soon(expire, deadline)
 
     if done:
         return
     if body.disconnected:
         raise ClientDisconnected()
     if late:
-        raise too_late()
+        raise too_late(sent=True)
     # What it raises leaves bare, since a host's handlers do not look into exception groups.
     raise failures.pop()

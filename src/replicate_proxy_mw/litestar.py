@@ -116,6 +116,8 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
         yield
+        # Litestar's own ends after this: stores and telemetry are still open.
+        await self._middleware.ended()
         await self.aclose()
 
     async def aclose(self) -> None:

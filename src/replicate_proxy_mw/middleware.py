@@ -206,27 +206,36 @@ class ReplicateProxyMiddleware:
         await self.app(scope, receive, send)
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop, when what is under way has ended, or after 10 seconds: for hosts
-        that have no lifespan."""
-        await self._ended()
-        await self._close()
-
-    async def _ended(self) -> None:
-        with anyio.move_on_after(ending.AFTERWARDS_TIMEOUT):
-            while self._under_way:  # noqa: ASYNC110 - they may be of several event loops
-                await anyio.sleep(0.01)
-
-    async def _close(self) -> None:
+        """Close the connections of this event loop: for hosts that have no lifespan. Those in use close with their
+        requests."""
         await self._upstream.aclose()
         await self._stream_hosts.aclose()
 
+    async def ended(self) -> None:
+        """Return when no request is under way, or after 10 seconds: for hosts that have no lifespan, before they close
+        what requests use. Not to be called within a request."""
+        await self._ended(anyio.current_time() + ending.AFTERWARDS_TIMEOUT)
+
+    async def _ended(self, deadline: float) -> None:
+        with anyio.CancelScope(deadline=deadline):
+            while self._under_way:  # noqa: ASYNC110 - they may be of several event loops
+                await anyio.sleep(0.01)
+
     def _ending(self, receive: Any) -> Any:
+        held: list[tuple[Any, float]] = []
+
         async def when_all_have_ended() -> Any:
-            message = await receive()
-            # uvicorn says so as soon as it has cancelled what was left: the host would close its telemetry and stores
-            # under what still has to be told and kept.
-            if message["type"] == "lifespan.shutdown":
-                await self._ended()
+            if not held:
+                message = await receive()
+                # uvicorn says so as soon as it has cancelled what was left: the host would close its telemetry and
+                # stores under what still has to be told and kept.
+                if message["type"] != "lifespan.shutdown":
+                    return message
+                held.append((message, anyio.current_time() + ending.AFTERWARDS_TIMEOUT))
+            # A host that does not wait for so long asks again.
+            message, deadline = held[0]
+            await self._ended(deadline)
+            held.clear()
             return message
 
         return when_all_have_ended
@@ -235,7 +244,7 @@ class ReplicateProxyMiddleware:
         async def closing(message: Any) -> None:
             # Before the server hears of it, since it then stops the event loop.
             if message["type"] in _CLOSING:
-                await self._close()
+                await self.aclose()
             await send(message)
 
         return closing
@@ -278,8 +287,11 @@ class ReplicateProxyMiddleware:
                     seconds, deadline = self._config.total_timeout, None
                     if seconds is not None:
                         deadline = anyio.current_time() + seconds
-                        begun = in_time(begun, seconds, too_late)
-                    await while_connected(body, await begun, ending=reply.is_ending, deadline=deadline)
+                        begun = in_time(begun, seconds, partial(too_late, sent=False))
+                    relay = await begun
+                    await while_connected(
+                        body, relay, ending=reply.is_ending, starting=reply.is_starting, deadline=deadline
+                    )
                 finally:
                     self._in_flight -= 1
             except Exception as error:

@@ -36,11 +36,12 @@ class Via:
             LoopDetected: it has come by here, or by more than `MAX_PROXIES`, which looks like a loop without end.
         """
         lines = [value for name, value in scope["headers"] if name == b"via"]
-        if not lines and scope["http_version"] == "1.1":
+        version = scope.get("http_version", "1.1")
+        if not lines and version == "1.1":
             return self._first
         together = b",".join(lines).lower()
         entries = [entry.strip() for entry in together.split(b",")]
         passed = [entry for entry in entries if _ENTRY.fullmatch(entry)]
         if self._name in together or len(passed) > MAX_PROXIES:
             raise LoopDetected()
-        return b"via", b", ".join((*passed, b"%b %b" % (scope["http_version"].encode(), self._name)))
+        return b"via", b", ".join((*passed, b"%b %b" % (version.encode(), self._name)))

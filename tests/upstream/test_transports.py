@@ -429,6 +429,26 @@ MALFORMED = {
 }
 
 
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/9.7", b"SSH-2.0"])
+async def test_the_first_bytes_of_an_answer_may_come_one_by_one(
+    transport: PooledTransport, upstream: RawUpstream, version: bytes
+) -> None:
+    def script(connection: Connection) -> None:
+        connection.request()
+        for byte in version:
+            connection.send(bytes([byte]))
+            time.sleep(0.02)
+        connection.send(b" 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        connection.wait_closed()
+
+    upstream.script = script
+    if version == b"HTTP/1.1":
+        assert await _body(await _ask(transport)) == b"ok"
+    else:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await _ask(transport)
+
+
 @pytest.mark.parametrize("answer", MALFORMED.values(), ids=MALFORMED)
 async def test_a_malformed_answer_is_an_error(transport: PooledTransport, upstream: RawUpstream, answer: bytes) -> None:
     answers = [answer]

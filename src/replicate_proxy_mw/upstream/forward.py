@@ -118,11 +118,14 @@ class Upstream:
             )
         except BaseException as error:
             del sent  # a host that cancels may look into the frames
+            error.__traceback__ = None
+            if isinstance(error, Exception) and not isinstance(error, ProxyError):
+                return classify(error)
             # On trio closing the connection raises another, whose context has the frames.
-            error.__traceback__ = error.__context__ = None
-            if not isinstance(error, Exception):
-                raise
-            return error if isinstance(error, ProxyError) else classify(error)
+            error.__context__ = None
+            if isinstance(error, ProxyError):
+                return error
+            raise
         if isinstance(received.body, bytes):
             return self._answer(received.status, received.headers, Chunks((received.body,)), nothing_to_close)
         answer = Answer(received.body)
@@ -140,10 +143,13 @@ class Upstream:
             )
         except BaseException as error:
             del sent
-            error.__traceback__ = error.__context__ = None
-            if not isinstance(error, Exception):
-                raise
-            return error if isinstance(error, ProxyError) else classify(error)
+            error.__traceback__ = None
+            if isinstance(error, Exception) and not isinstance(error, ProxyError):
+                return classify(error)
+            error.__context__ = None
+            if isinstance(error, ProxyError):
+                return error
+            raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
         return await self._open_answer(response.status_code, response.headers.raw, Answer(response.stream))
 

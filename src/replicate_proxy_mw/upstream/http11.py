@@ -87,6 +87,8 @@ class Http11Connection:
         interim = 0
         data = await self._stream.read(READ_SIZE, seconds)
         # h11 would wait for a blank line, and takes any version.
+        while 0 < len(data) < 7 and (more := await self._stream.read(READ_SIZE, left(deadline))):
+            data += more
         if data[:7] != b"HTTP/1."[: len(data)]:
             raise httpx.RemoteProtocolError("no answer of HTTP/1.1")
         size = len(data)
