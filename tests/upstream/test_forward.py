@@ -192,6 +192,23 @@ def _switches(connection: Connection) -> None:
     connection.wait_closed()
 
 
+@pytest.mark.parametrize("theirs", [True, False])
+async def test_what_the_body_refuses_is_what_is_answered(upstream: RawUpstream, theirs: bool) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"a"
+        raise BadRequest("Not as long as it was said to be.")
+
+    def script(connection: Connection) -> None:
+        assert connection.request() is None
+
+    upstream.script = script
+    async with httpx.AsyncHTTPTransport() as transport_of_httpx:
+        to = Upstream(ProxyConfig(upstream=upstream.url), transport_of_httpx if theirs else None)
+        with pytest.raises(BadRequest, match="as long"):
+            await _exchange(to, _request("POST", body=body(), content_length=3))
+    assert upstream.requests == []
+
+
 @pytest.mark.parametrize(
     ("script", "error"),
     [

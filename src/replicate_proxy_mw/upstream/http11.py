@@ -87,9 +87,11 @@ class Http11Connection:
         interim = 0
         data = await self._stream.read(READ_SIZE, seconds)
         # h11 would wait for a blank line, and takes any version.
-        while 0 < len(data) < 7 and (more := await self._stream.read(READ_SIZE, left(deadline))):
+        while data[:7] == b"HTTP/1."[: len(data)]:
+            if len(data) >= 7 or not (more := await self._stream.read(READ_SIZE, left(deadline))):
+                break
             data += more
-        if data[:7] != b"HTTP/1."[: len(data)]:
+        else:
             raise httpx.RemoteProtocolError("no answer of HTTP/1.1")
         size = len(data)
         self._h11.receive_data(data)
