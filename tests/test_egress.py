@@ -284,6 +284,7 @@ def test_no_browser_guesses_and_no_cache_keeps(status: int, method: str) -> None
         b"text/rdf",
         b"multipart/x-mixed-replace; boundary=a",
         b"multipart/mixed; boundary=a",
+        b"message/rfc822",
         b"application/json, text/html",
         b"application/json,text/html;charset=utf-8",
         b"application/json; a=b, text/html",
@@ -360,8 +361,9 @@ def test_a_body_without_a_type_is_nothing_to_show(
         ([b'public, x="a, no-store, b"'], b"private, no-store"),
         ([b"no-cache, no-transform"], b"private, no-store, no-transform"),
         ([b"public", b"max-age=60"], b"private, no-store"),
-        ([b"no-store", b"public"], b"no-store"),
-        ([b"public", b"no-store"], b"private, no-store"),
+        ([b"public", b"no-transform"], b"private, no-store, no-transform"),
+        ([b"no-store", b"must-revalidate"], b"no-store, must-revalidate"),
+        ([b"max-age=0", b"no-store"], b"max-age=0, no-store"),
     ],
 )
 def test_no_cache_keeps_an_answer_whatever_was_said(said: list[bytes], told: bytes) -> None:

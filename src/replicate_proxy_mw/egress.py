@@ -144,8 +144,8 @@ def complete(response: ProxyResponse, *, method: str, trace_id: str) -> ProxyRes
         headers.insert(0, (b"content-type", content_type))
     if (response.status >= 500 or response.status in (408, 409)) and method not in IDEMPOTENT:
         headers.append((b"x-should-retry", b"false"))
-    said = sent.get(b"cache-control")
-    headers += (_NOT_KEPT if said is None else _not_kept(said), _NO_SNIFFING)
+    said = [value for name, value in response.headers if name == b"cache-control"]
+    headers += (_not_kept(b", ".join(said)) if said else _NOT_KEPT, _NO_SNIFFING)
     headers += portkey.answer(trace_id=trace_id, sent=sent)
     return ProxyResponse(status=response.status, headers=tuple(headers), body=response.body, aclose=response.aclose)
 
@@ -158,10 +158,11 @@ def _with(headers: list[tuple[bytes, bytes]], added: tuple[bytes, bytes]) -> lis
     return [*[pair for pair in headers if pair[0] != added[0]], added]
 
 
-# Documents that browsers show and that may hold scripts or frames, or that they look into for such (WHATWG, "MIME
-# Sniffing", section 7); beside these all XML, and all multipart, whose parts have types of their own in Firefox.
+# Documents that browsers show and that may hold scripts or frames, archives of such, and what they look into for such
+# (WHATWG, "MIME Sniffing", section 7); beside these all XML, and all multipart, whose parts have types of their own.
 _ACTIVE = frozenset(
-    b"text/html text/xml application/xml text/xsl text/rdf */* unknown/unknown application/unknown".split()
+    b"text/html text/xml application/xml text/xsl text/rdf message/rfc822"
+    b" */* unknown/unknown application/unknown".split()
 )
 _HARMLESS = frozenset((b"application/json", b"application/json; charset=utf-8"))
 _ONE_TYPE = re.compile(rb"[\w!#$%&'*+.^`|~-]+/[\w!#$%&'*+.^`|~-]+[ \t]*(?:;[^,]*)?")

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.security.generated import API_KEY, BODIES, MAY, MAY_NOT, VALUES, Case, Judge, header_set, judges
+from tests.security.generated import API_KEY, BODIES, MAY, MAY_NOT, VALUES, Case, Judge, header_set
 from tests.security.reference import MARK, Pair
 
 JUDGES = 6
@@ -40,14 +39,6 @@ CASES = st.builds(
     st.sampled_from(BODIES),
     st.integers(0, 6),
 )
-
-
-@pytest.fixture(scope="module")
-def all_judges() -> Iterator[tuple[asyncio.Runner, list[Judge]]]:
-    with asyncio.Runner() as runner, judges() as found:
-        yield runner, found
-        for judge in found:
-            runner.run(judge.app.aclose())
 
 
 @pytest.mark.parametrize("which", range(JUDGES))

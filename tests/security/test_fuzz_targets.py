@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from urllib.parse import unquote
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.security.generated import METHODS, PIECES, PREFIXES, QUERIES, Case, Judge, judges, target
+from tests.security.generated import METHODS, PIECES, PREFIXES, QUERIES, Case, Judge, target
 
 JUDGES = 6
 
@@ -32,14 +31,6 @@ CASES = st.builds(
     st.just(b"") | st.sampled_from(QUERIES) | st.binary(max_size=8),
     st.sampled_from(("", "", "/api", "/v1")),
 )
-
-
-@pytest.fixture(scope="module")
-def all_judges() -> Iterator[tuple[asyncio.Runner, list[Judge]]]:
-    with asyncio.Runner() as runner, judges() as found:
-        yield runner, found
-        for judge in found:
-            runner.run(judge.app.aclose())
 
 
 @pytest.mark.parametrize("which", range(JUDGES))

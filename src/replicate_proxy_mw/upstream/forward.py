@@ -118,14 +118,7 @@ class Upstream:
             )
         except BaseException as error:
             del sent  # a host that cancels may look into the frames
-            error.__traceback__ = None
-            if isinstance(error, Exception) and not isinstance(error, ProxyError):
-                return classify(error)
-            # On trio closing the connection raises another, whose context has the frames.
-            error.__context__ = None
-            if isinstance(error, ProxyError):
-                return error
-            raise
+            return _failure(error)
         if isinstance(received.body, bytes):
             return self._answer(received.status, received.headers, Chunks((received.body,)), nothing_to_close)
         answer = Answer(received.body)
@@ -142,14 +135,8 @@ class Upstream:
                 httpx.Request(request.method, url, headers=sent, stream=body, extensions={"timeout": self.timeout})
             )
         except BaseException as error:
-            del sent
-            error.__traceback__ = None
-            if isinstance(error, Exception) and not isinstance(error, ProxyError):
-                return classify(error)
-            error.__context__ = None
-            if isinstance(error, ProxyError):
-                return error
-            raise
+            del sent  # a host that cancels may look into the frames
+            return _failure(error)
         assert isinstance(response.stream, httpx.AsyncByteStream)
         return await self._open_answer(response.status_code, response.headers.raw, Answer(response.stream))
 
@@ -209,6 +196,18 @@ def _framing(request: ProxyRequest) -> tuple[tuple[bytes, bytes], ...]:
     if request.content_length or request.method in ("POST", "PUT", "PATCH"):
         return ((b"content-length", str(request.content_length).encode()),)
     return ()
+
+
+def _failure(error: BaseException) -> ProxyError:
+    """What it is for the caller, without the frames that know the token; what cancels is raised again."""
+    error.__traceback__ = None
+    if isinstance(error, Exception) and not isinstance(error, ProxyError):
+        return classify(error)
+    # On trio closing the connection raises another, whose context has the frames.
+    error.__context__ = None
+    if isinstance(error, ProxyError):
+        return error
+    raise error
 
 
 def classify(error: Exception) -> ProxyError:
