@@ -335,8 +335,11 @@ async def places_lost(stage: Stage, connections: int) -> int:
         await stage.quiet()
 
 
-async def bursts(stage: Stage, rounds: int, *, connections: int = MAX_CONNECTIONS, warm: int = 2) -> Crowd:
-    """`BURST` requests, more than the pool has connections, of which all callers leave at once."""
+async def bursts(stage: Stage, rounds: int, *, connections: int = MAX_CONNECTIONS, warm: int = 10) -> Crowd:
+    """`BURST` requests, more than the pool has connections, of which all callers leave at once.
+
+    So many rounds to warm up, since a server may hold 256 KiB for each download, and an allocator keeps the most of it.
+    """
     stayed, wrong = 0, dict[str, int]()
     kinds: tuple[Begin, ...] = (waiting_for_the_head, between_events, in_a_download, in_the_upload)
     before = await Level.of(stage)
