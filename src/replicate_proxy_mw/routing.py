@@ -169,8 +169,8 @@ def check(method: str, path: str, query: bytes) -> str:
     Raises:
         MethodNotAllowed: TRACE would echo credentials, CONNECT has no target here (RFC 9110, section 9.3).
         BadRequest: a method in small letters, which httpx would send in capitals, or that is no token; dot segments,
-            backslashes and control characters, plain or encoded; `#`, spaces and bytes outside ASCII; a path that is
-            an object turned to text.
+            backslashes and control characters, plain or encoded; `#`, spaces and bytes outside ASCII; a `?` within the
+            path; a path that is an object turned to text.
     """
     if method != method.upper():
         raise BadRequest("Methods are told apart by case, and are written in capitals.")
@@ -188,6 +188,7 @@ def check(method: str, path: str, query: bytes) -> str:
     if _CONTROL.search(decoded):
         raise BadRequest("The path has a backslash or a control character.")
     target = path + "?" + query.decode("latin-1") if query else path
-    if _UNENCODED.search(target):
+    # A server that leaves the query there, or decodes: whoever is behind us would end the path at it.
+    if "?" in path or _UNENCODED.search(target):
         raise BadRequest("The target has characters that must be percent-encoded.")
     return target

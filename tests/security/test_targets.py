@@ -61,6 +61,15 @@ async def test_what_no_uri_may_hold_is_refused(upstream: RawUpstream, below: str
 
 
 @row("2.3")
+@pytest.mark.parametrize("raw", [b"/v1/%2e?", b"/v1/%2e%2e?a", b"/v1/x?a"])
+async def test_a_raw_path_has_no_query(upstream: RawUpstream, raw: bytes) -> None:
+    scope = http_scope("POST")
+    scope["path"], scope["raw_path"] = raw.decode().replace("%2e", "."), raw
+    caller = await call(proxy(upstream.url), scope, b"{}")
+    assert (caller.status, upstream.connections) == (400, [])
+
+
+@row("2.3")
 @pytest.mark.usefixtures("either_transport")
 @pytest.mark.parametrize(
     "below",
