@@ -59,7 +59,7 @@ class ProxyConfig:
     """For how long a stream URL can be used: Replicate deletes a prediction's output after an hour."""
 
     stream_timeout: float = 600.0
-    """Between two events of a stream: a model that has to be started first may be silent for minutes."""
+    """How long a stream may be silent: a model that has to be started first may be, for minutes."""
 
     max_streams: int = 500
     """Streams read through the proxy at a time, apart from `max_connections`: whoever has such a URL needs no key, and
@@ -73,35 +73,39 @@ class ProxyConfig:
     dependency more."""
 
     connect_timeout: float = 10.0
-    """For DNS, TCP and TLS: three lost SYN packets still get through."""
+    """How long a new connection to Replicate may take, DNS, TCP and TLS: three lost SYN packets still get through."""
 
     read_timeout: float = 75.0
-    """From the request's last byte until the whole head of the answer is here, and then between two reads of its body:
-    Replicate holds a create for up to 60 s (`Prefer: wait`). A `transport` that is given has it for any two reads."""
+    """How long Replicate may take from the request's last byte to the whole head of its answer, and then between two
+    reads of its body: it holds a create for up to 60 s (`Prefer: wait`). A `transport` that is given has it for any two
+    reads."""
 
     write_timeout: float = 30.0
-    """Until upstream takes a piece of an upload: a connection that takes nothing for so long is dead."""
+    """How long Replicate may take for a piece of an upload: a connection that takes nothing for so long is dead."""
 
     body_timeout: float = 30.0
-    """Until a caller's body begins, and until more of it comes when it is waited for, then 408: who sends no faster
-    holds a connection for nothing."""
+    """How long a caller's body may take to begin, and to go on when more of it is waited for, then 408: who sends no
+    faster holds a connection for nothing."""
 
     total_timeout: float | None = None
-    """For a whole request, from its key to its answer's last byte: 504, or a cut answer. None, since a stream or a
-    large file takes as long as it takes."""
+    """How long a whole request may take, from its key to its answer's last byte; then 504, or a cut answer. None, since
+    a stream or a large file takes as long as it takes."""
 
     max_body_size: int | None = None
-    """Bytes of a caller's body, then 413. None, since Replicate has limits of its own, and bodies are not held here."""
+    """How many bytes a caller's body may have, then 413. None, since Replicate has limits of its own, and bodies are
+    not held here."""
 
     max_in_flight: int = 10_000
     """Requests under way at a time, of all callers, streams and webhooks too, then 503: a process with more has no
     sockets or memory left."""
 
     max_connections: int = 1000
-    """To upstream: a held create keeps one for a minute. Raise the file limit of the process with it."""
+    """Connections to Replicate at a time: a held create keeps one for a minute. Raise the process's limit of open files
+    with it."""
 
     connection_wait: float = 5.0
-    """For a free connection when all are in use, then 503: longer waits only move the queue into the proxy."""
+    """How long to wait for a free connection when all are in use, then 503: longer waits only move the queue into the
+    proxy."""
 
     require_key: bool = True
     """Answer 401 to a caller without a key, before the resolver is asked: most are mistakes. Off where the resolver
@@ -109,11 +113,11 @@ class ProxyConfig:
     in a header is what keeps other sites' pages from calling."""
 
     resolver_timeout: float = 2.0
-    """For the key resolver, then 503: a create waits for it before anything is sent."""
+    """How long the key resolver may take, then 503: a create waits for it before anything is sent."""
 
     store_timeout: float = 2.0
-    """For each call of the prediction store before anything goes up, then 503, as for the resolver. An answer that is
-    paid waits for 0.4 s at most."""
+    """How long each call of the prediction store may take before anything goes up, then 503, as for the resolver. An
+    answer that is paid waits for 0.4 s at most."""
 
     lookup_versions: bool = False
     """Ask Replicate whose a bare version id is, once, where a key is restricted to some models, and whether
@@ -123,7 +127,7 @@ class ProxyConfig:
     """More of the caller's headers for Replicate. Credentials and hop-by-hop headers cannot be listed."""
 
     return_headers: Sequence[str] = ()
-    """More of Replicate's headers for the caller, likewise."""
+    """More of Replicate's headers for the caller. Credentials and hop-by-hop headers cannot be listed."""
 
     trust_traceparent: Literal["parent", "link", "ignore"] = "parent"
     """What an incoming `traceparent` is to the request span where the host has none of its own: its parent, since
@@ -142,7 +146,7 @@ class ProxyConfig:
     `/-/webhooks` below the prefix."""
 
     webhook_timeout: float = 10.0
-    """For the host's `on_webhook`, then 500: Replicate tries again."""
+    """How long the host's `on_webhook` may take, then 500: Replicate tries again."""
 
     def __post_init__(self) -> None:
         _check_path("prefix", self.prefix, may_be_empty=True)

@@ -37,14 +37,26 @@ class AtOnce:
 class ProxyRequest:
     """One request on its way to Replicate, already authenticated and cleaned. Not to be changed, but replaced.
 
-    `headers` are those that may go up, lower-case, in the caller's order; the token is not among them:
-    it is put in from `key` at the very last. `target` is path and query below the prefix, as the caller
-    sent them. `body` can be read once, and only until there is an answer: a layer that reads it passes on what it read,
-    `replace(request, body=..., content_length=...)`. `content_length` is None for a body of unknown length.
-
-    `via` goes up before `headers`. `traceparent` is that of the request span. `notes` are what is to stand on it
-    beside, by names that `telemetry.names` has. `opened` is closed when the exchange ends, the last first, whatever
-    happened; `afterwards` is run when that is done, for a few seconds at most.
+    Attributes:
+        method: in capitals.
+        target: path and query below the prefix, as the caller sent them.
+        route: what it asks of Replicate's API.
+        headers: those that may go up, lower-case, in the caller's order; the token is not among them: it is put in from
+            `key` at the very last.
+        body: can be read once, and only until there is an answer: a layer that reads it passes on what it read,
+            `replace(request, body=..., content_length=...)`.
+        content_length: in bytes, None for a body of unknown length.
+        key: the token, whose it is, and what it may do.
+        portkey: what the caller says by Portkey's headers.
+        scope: of ASGI, as the server made it.
+        resend_count: how often it has been sent before.
+        unwrapped_data: its body was within `{"data": ...}`.
+        repaired_path: its path was not spelled as Replicate has it.
+        via: goes up before `headers`.
+        traceparent: that of the request span.
+        notes: what is to stand on that span beside, by names that `telemetry.names` has.
+        afterwards: run when the exchange has ended and all is closed, for a few seconds at most.
+        opened: closed when the exchange ends, the last first, whatever happened.
     """
 
     method: str
@@ -148,7 +160,10 @@ class _Reading:
 
 
 Forward = Callable[[ProxyRequest], Awaitable[ProxyResponse]]
+"""The next step on the way to Replicate: an async function from a request to its answer."""
+
 Layer = Callable[[Forward], Forward]
+"""Takes the next step and gives one in its place."""
 
 
 def where(applies: Callable[[ProxyRequest], object], *, then: Forward, otherwise: Forward) -> Forward:

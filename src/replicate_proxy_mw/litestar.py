@@ -121,7 +121,7 @@ class ReplicateProxyPlugin(InitPlugin, ReceiveRoutePlugin):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """As that of the middleware."""
+        """Close the connections of this event loop. Litestar's lifespan does so by itself."""
         await self._middleware.aclose()
 
 

@@ -84,7 +84,8 @@ class ReplicateProxyMiddleware:
         on_webhook: what takes Replicate's deliveries, once their signature is verified (`webhook_secrets`). It may get
             one twice, and knows it by its id.
         redact: with `capture_content`, from the path and value of each leaf of an input or output to what is shown.
-        tracer_provider, meter_provider: where spans and metrics go; by default OpenTelemetry's global ones.
+        tracer_provider: where spans go; by default OpenTelemetry's global one.
+        meter_provider: where metrics go, likewise.
 
     Raises:
         ValueError: an argument is not what it should be; the text names it.

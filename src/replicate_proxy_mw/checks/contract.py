@@ -71,6 +71,7 @@ class Verdict:
 
 
 ALLOW = Verdict("allow")
+"""Nothing to object to."""
 
-# Any async callable. It is known by its attribute `name`, else by that of the function.
 Check = Callable[[Checked], Awaitable[Verdict]]
+"""Any async callable. It is known by its attribute `name`, else by that of the function."""

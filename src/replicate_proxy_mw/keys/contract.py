@@ -139,4 +139,5 @@ class KeyResolver(Protocol):
     may not (403). Any other exception, no answer within `resolver_timeout` seconds, or another value: 503.
     """
 
-    async def __call__(self, request: KeyRequest, /) -> Answer: ...
+    async def __call__(self, request: KeyRequest, /) -> Answer:
+        """The key to use: a `ReplicateKey`, a token as text, or None for a caller who is unknown."""

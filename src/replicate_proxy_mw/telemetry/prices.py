@@ -26,7 +26,8 @@ class Rates:
 
     Args:
         per_second: for each second that the model runs, failed and cancelled runs too.
-        per_input_token, per_output_token: for each token that the metrics count.
+        per_input_token: for each token of the input that the metrics count.
+        per_output_token: for each of the output, likewise.
         per_output: for each output of a prediction that succeeded.
         per_run: for a prediction that succeeded.
         currency: ISO 4217.
@@ -91,6 +92,7 @@ class Cost:
 
 
 Prices = Mapping[str, Rates | str] | Callable[[PriceRequest], Awaitable[Rates | None]]
+"""Rates, or the name of another entry, by model, deployment or hardware; or an async callable that finds them."""
 
 
 def cost(prediction: Prediction, rates: Rates) -> Cost | None:

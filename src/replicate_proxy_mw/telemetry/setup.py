@@ -158,7 +158,8 @@ class Configured:
     """What `configure_telemetry` has set up.
 
     Attributes:
-        tracer_provider, meter_provider: the SDK's, for what a host adds, a `SpanTreePrinter` for instance.
+        tracer_provider: the SDK's, for what a host adds, a `SpanTreePrinter` for instance.
+        meter_provider: likewise.
     """
 
     def __init__(
