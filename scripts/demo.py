@@ -17,13 +17,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
+
+    from replicate_proxy_mw.testing import FakeReplicate
+
 HELLO_WORLD = "5c7d5dc6dd8bf75c1acaa8565735e7986bc5b66206b55cca93cb72c9bf15ccaa"
+ALWAYS_FAILS = "0c9d61643bde5cc6c7e3d4e61866c984b5e6950d4d08e2328ff4a9aedae3807e"
 LLAMA, FLUX = "meta/meta-llama-3-8b-instruct", "black-forest-labs/flux-schnell"
 RUN = "generate_content"  # the span of a model's run
 ENDED = ("succeeded", "failed", "canceled", "aborted")
@@ -143,15 +150,21 @@ class Http:
         self.curl = shutil.which("curl")
         self.name = "cURL" if self.curl else "Python's urllib, since there is no cURL here"
 
-    def call(self, path: str, *, api_key: str, body: Mapping[str, Any] | None = None, method: str = "GET") -> Any:
-        """Show the call, make it, and give the status and the JSON that came back."""
-        headers = {"x-portkey-api-key": api_key, "x-portkey-provider": "@replicate"}
-        headers["x-portkey-metadata"] = json.dumps({"team": "web"})
+    def call(self, path: str, *, api_key: str, body: Mapping[str, Any] | None = None, **more: str) -> Any:
+        """Show the call, make it, and give the status and the JSON that came back; `more` are headers."""
+        headers = {
+            "x-portkey-api-key": api_key,
+            "x-portkey-provider": "@replicate",
+            "x-portkey-trace-id": "cover-story",
+        }
+        headers["x-portkey-metadata"] = json.dumps({"team": "web", "_user": "grace"})
+        headers |= {name.replace("_", "-"): value for name, value in more.items()}
+        method = "GET"
         data = None
         if body is not None:
             headers["content-type"], data, method = "application/json", json.dumps(body), "POST"
         if self.curl:
-            argv = ["curl", "-sS", *(["-X", method] if method != "GET" and data is None else []), f"{self.url}{path}"]
+            argv = ["curl", "-sS", f"{self.url}{path}"]
             options = [("-H", f"{name}: {value}") for name, value in headers.items()]
             options += [("-d", data)] if data is not None else []
             options += [("-w", r"\n%{http_code}")]
@@ -263,7 +276,7 @@ def with_portkey(url: str, trees: Trees) -> None:
         trees.show_story()
 
 
-def with_http(http: Http, trees: Trees) -> None:
+def with_http(http: Http, fake: FakeReplicate, trees: Trees) -> None:
     heading(f"4. Create one that streams, with {http.name}")
     prompt = {"prompt": "Each of these words comes in an event of its own."}
     status, created = http.call(f"/models/{LLAMA}/predictions", api_key="pk-team-b", body={"input": prompt})
@@ -282,23 +295,19 @@ def with_http(http: Http, trees: Trees) -> None:
     if created["urls"]["stream"].startswith(http.url):
         trees.show()
 
-    heading("6. Read it once more, whole")
-    status, answer = http.call(f"/predictions/{created['id']}", api_key="pk-team-b")
+    heading("6. Read it once more: Replicate fails at first, and is asked again")
+    fake.fail(503, operation="predictions.get")
+    retry = json.dumps({"retry": {"attempts": 2}})
+    status, answer = http.call(f"/predictions/{created['id']}", api_key="pk-team-b", x_portkey_config=retry)
     show_answer({**answer, "urls": None, "output": "".join(answer["output"] or [])}, status)
     expect(answer["status"] == "succeeded", "it did not succeed")
     trees.show_story()
 
-    heading("7. Cancel one")
-    status, created = http.call(
-        f"/models/{FLUX}/predictions", api_key="pk-team-b", body={"input": {"prompt": "A tulip, slowly"}}
-    )
-    show_answer(created, status)
-    trees.show()
-    with progress("letting it start"):
-        time.sleep(0.6)
-    status, canceled = http.call(f"/predictions/{created['id']}/cancel", api_key="pk-team-b", method="POST")
-    show_answer(canceled, status)
-    expect(canceled["status"] == "canceled", "it was not canceled")
+    heading("7. Wait for one that fails")
+    body = {"version": ALWAYS_FAILS, "input": {"text": "Bob"}}
+    status, failed = http.call("/predictions", api_key="pk-team-b", body=body, prefer="wait")
+    show_answer(failed, status)
+    expect(failed["status"] == "failed", "it did not fail")
     trees.show_story()
 
     heading("8. And with a key that nobody gave out")
@@ -308,13 +317,14 @@ def with_http(http: Http, trees: Trees) -> None:
     trees.show()
 
 
-def stay(url: str, trees: Trees) -> None:
+def stay(origin: str, trees: Trees) -> None:
     body = json.dumps({"version": HELLO_WORLD, "input": {"text": "you"}})
     headers = ("x-portkey-api-key: pk-team-a", "x-portkey-provider: @replicate", "content-type: application/json")
-    argv = ["curl", f"{url}/predictions", *(part for header in headers for part in ("-H", header)), "-d", body]
+    argv = ["curl", f"{origin}/v1/predictions", *(part for header in headers for part in ("-H", header)), "-d", body]
     heading("Your turn")
-    print(f"It stays up at {url}. From another terminal:\n\n{paint(shlex.join(argv), CYAN)}\n")
-    print("The tree of each request appears here. Ctrl-C ends the demo.\n")
+    print(f"All of this, to click through, and what comes next:\n\n{paint(f'{origin}/traces/', CYAN)}\n")
+    print(f"The app stays up. From another terminal:\n\n{paint(shlex.join(argv), CYAN)}\n")
+    print("The tree of each request appears here, too. Ctrl-C ends the demo.\n")
     trees.show_all()
 
 
@@ -357,39 +367,70 @@ def serving(app: Any) -> Iterator[str]:
             thread.join()
 
 
-def demo(*, once: bool) -> None:
+def exporting(endpoint: str) -> SpanProcessor:
+    """Sends spans to `endpoint`, after a look whether it takes any."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+
+    traces = f"{endpoint.rstrip('/')}/v1/traces"
+    try:
+        where = urlsplit(endpoint)
+        port = {"http": 80, "https": 443}[where.scheme]
+        socket.create_connection((where.hostname or "", where.port or port), timeout=5).close()
+    except (KeyError, ValueError):
+        raise DemoFailed(f"--otlp wants a URL as http://127.0.0.1:4318, not {endpoint!r}") from None
+    except OSError as error:
+        raise DemoFailed(f"nothing takes spans at {endpoint}: {error}") from None
+    exporter = OTLPSpanExporter(endpoint=traces, timeout=5)
+    expect(exporter.export(()) is SpanExportResult.SUCCESS, f"{traces} does not take spans")
+    return BatchSpanProcessor(exporter, schedule_delay_millis=500)
+
+
+def demo(*, once: bool, otlp: str | None) -> None:
     print(paint("Replicate, called with Portkey's clients, through a proxy inside a FastAPI app.", BOLD))
     print("All of it runs on this machine, on FakeReplicate: no account, no token, no cost.\n")
 
+    processor = None if otlp is None else exporting(otlp)
     with progress("Starting"):
         import portkey_ai  # noqa: F401  (takes a second or two, and is wanted next)
         from opentelemetry import trace
+        from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
 
         from examples.fastapi_app.app import create_app
-        from replicate_proxy_mw.devtools import SpanTreePrinter
+        from replicate_proxy_mw.devtools import SpanTreePrinter, TraceBuffer
         from replicate_proxy_mw.testing import FakeModel, FakeReplicate
 
-        trees = Trees()
-        provider = TracerProvider()
+        trees, traces = Trees(), TraceBuffer()
+        provider = TracerProvider(resource=Resource.create({"service.name": "illustration-desk"}))
         provider.add_span_processor(SpanTreePrinter(trees))
+        provider.add_span_processor(traces)
+        if processor is not None:
+            provider.add_span_processor(processor)
         trace.set_tracer_provider(provider)
         owner, name = FLUX.split("/")
         slow = FakeModel(owner=owner, name=name, official=True, run=lambda given: None, run_time=60.0)
         fake = FakeReplicate(models=[slow], queue_time=0.4, run_time=1.1)
 
-    with fake.serve(), serving(create_app(upstream=fake.url, token=fake.token)) as origin:
+    with ExitStack() as stack:
+        stack.enter_context(fake.serve())
+        streams = [urlsplit(fake.streams_url).netloc]
+        app = create_app(upstream=fake.url, token=fake.token, stream_hosts=streams, traces=traces)
+        origin = stack.enter_context(serving(app))
         url = f"{origin}/v1"
         elsewhere = "" if origin.endswith(f":{PORT}") else f"; port {PORT} is taken"
-        print(f"  the app     {origin}  (examples/fastapi_app{elsewhere})\n  Replicate   {fake.url}  (a fake)\n")
+        print(f"  the app     {origin}  (examples/fastapi_app{elsewhere})\n  Replicate   {fake.url}  (a fake)")
+        print(f"  the viewer  {origin}/traces/  (open it now, and watch)")
+        print(f"  spans       to {otlp}, too\n" if otlp else "")
         with_portkey(url, trees)
-        with_http(Http(url), trees)
+        with_http(Http(url), fake, trees)
         expect(not fake.violations, f"headers that must not reach Replicate did: {fake.violations}")
+        provider.force_flush()
         if once:
             print("Every call went as it should.")
         else:
             try:
-                stay(url, trees)
+                stay(origin, trees)
             except KeyboardInterrupt:
                 print("\nBye.")
 
@@ -397,15 +438,16 @@ def demo(*, once: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description="The proxy at work, on a fake Replicate.")
     parser.add_argument("--once", action="store_true", help="end after the last call")
-    once = parser.parse_args().once
+    parser.add_argument("--otlp", metavar="URL", help="send the spans there, too: http://127.0.0.1:4318, for example")
+    given = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     # What is set for other work on this machine would change what is shown here.
     for name in [name for name in os.environ if name.startswith(("OTEL_", "PORTKEY_"))]:
         del os.environ[name]
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
     try:
-        demo(once=once)
+        demo(once=given.once, otlp=given.otlp)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -5,7 +5,8 @@ It was here before the proxy, with a lifespan, CORS, an error handler and a path
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,6 +18,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from replicate_proxy_mw import KeyRequest, PermissionDenied, ProxyConfig, Rates, ReplicateKey, ReplicateProxyMiddleware
+from replicate_proxy_mw.config import STREAM_HOSTS
+from replicate_proxy_mw.devtools import TraceBuffer, TraceViewer
 from replicate_proxy_mw.telemetry import SAMPLE_PRICES
 
 # Samples, in US dollars: what a model costs is on its page at Replicate.
@@ -83,9 +86,20 @@ async def no_such_picture(request: Request, error: NoSuchPicture) -> JSONRespons
     return JSONResponse({"error": "no_such_picture", "picture": error.number}, status_code=404)
 
 
-def create_app(*, upstream: str, token: str) -> FastAPI:
-    """The service. `upstream` is Replicate's API or a fake of it, with `/v1`; `token` is the one all teams share."""
-    app = FastAPI(title="Illustration desk", lifespan=lifespan, exception_handlers={NoSuchPicture: no_such_picture})
+def create_app(
+    *, upstream: str, token: str, stream_hosts: Sequence[str] = STREAM_HOSTS, traces: TraceBuffer | None = None
+) -> FastAPI:
+    """The service. `upstream` is Replicate's API or a fake of it, with `/v1`; `token` is the one all teams share.
+
+    `stream_hosts` are those of `upstream`'s streams. The requests in `traces` are shown at `/traces/`, to this machine.
+    """
+    app = FastAPI(
+        title="Illustration desk",
+        lifespan=lifespan,
+        exception_handlers={NoSuchPicture: no_such_picture},
+        # Of these FastAPI opens no spans of its own: the viewer asks each second, and a stream's path is a secret.
+        telemetry={"exclude": lambda scope: scope["path"].startswith(("/traces", "/v1/-/streams/"))},
+    )
     app.add_middleware(CORSMiddleware, allow_origins=["https://desk.example"], allow_methods=["GET", "POST"])
 
     @app.get("/pictures")
@@ -122,7 +136,15 @@ def create_app(*, upstream: str, token: str) -> FastAPI:
     app.add_middleware(
         ReplicateProxyMiddleware,
         key_resolver=key_of_team,
-        config=ProxyConfig(upstream=upstream, exclude=["/v1/status"]),
+        config=ProxyConfig(
+            upstream=upstream,
+            exclude=["/v1/status"],
+            proxy_streams=True,
+            stream_key=secrets.token_urlsafe(32),  # several processes would need one that they share
+            stream_hosts=stream_hosts,
+        ),
         prices=PRICES,
     )
+    if traces is not None:
+        app.mount("/traces", TraceViewer(traces))
     return app

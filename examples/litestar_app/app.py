@@ -5,19 +5,22 @@ It was here before the proxy, with a lifespan, CORS, an error handler and a path
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Annotated, Any
 
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, asgi, get, post
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 from msgspec import Meta, Struct
 
 from replicate_proxy_mw import KeyRequest, PermissionDenied, ProxyConfig, Rates, ReplicateKey
+from replicate_proxy_mw.config import STREAM_HOSTS
+from replicate_proxy_mw.devtools import TraceBuffer, TraceViewer
 from replicate_proxy_mw.litestar import ReplicateProxyPlugin
 from replicate_proxy_mw.telemetry import SAMPLE_PRICES
 
@@ -102,8 +105,13 @@ async def status(state: State) -> dict[str, str | int]:
     return {"service": "illustration desk", "pictures": len(state.desk.pictures)}
 
 
-def create_app(*, upstream: str, token: str) -> Litestar:
-    """The service. `upstream` is Replicate's API or a fake of it, with `/v1`; `token` is the one all teams share."""
+def create_app(
+    *, upstream: str, token: str, stream_hosts: Sequence[str] = STREAM_HOSTS, traces: TraceBuffer | None = None
+) -> Litestar:
+    """The service. `upstream` is Replicate's API or a fake of it, with `/v1`; `token` is the one all teams share.
+
+    `stream_hosts` are those of `upstream`'s streams. The requests in `traces` are shown at `/traces/`, to this machine.
+    """
 
     # What the proxy needed: this resolver, prices and `plugins`.
     async def key_of_team(request: KeyRequest) -> ReplicateKey | None:
@@ -114,11 +122,19 @@ def create_app(*, upstream: str, token: str) -> Litestar:
             raise PermissionDenied("This team reads the archive only.")
         return ReplicateKey(token, tenant=team.name)
 
+    config = ProxyConfig(
+        upstream=upstream,
+        proxy_streams=True,
+        stream_key=secrets.token_urlsafe(32),  # several processes would need one that they share
+        stream_hosts=stream_hosts,
+    )
     app = Litestar(
         route_handlers=[pictures, ask, picture, status],
         lifespan=[lifespan],
         exception_handlers={NoSuchPicture: no_such_picture},
         cors_config=CORSConfig(allow_origins=["https://desk.example"], allow_methods=["GET", "POST"]),
-        plugins=[ReplicateProxyPlugin(key_resolver=key_of_team, config=ProxyConfig(upstream=upstream), prices=PRICES)],
+        plugins=[ReplicateProxyPlugin(key_resolver=key_of_team, config=config, prices=PRICES)],
     )
+    if traces is not None:
+        app.register(asgi("/traces", is_mount=True, copy_scope=True)(TraceViewer(traces)))
     return app

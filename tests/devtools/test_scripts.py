@@ -1,20 +1,32 @@
-"""The two commands for newcomers: `scripts/setup`, with a Python that only writes down what it is asked; the demo."""
+"""What newcomers run: `scripts/setup`, with a Python that writes down what it is asked; the demo, and its pictures."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests import trees
 from tests.clients.drivers import require
+from tests.otlp import Sink
 
 ROOT = Path(__file__).resolve().parents[2]
+# The models that the demo creates predictions of.
+MODELS = [
+    "black-forest-labs/flux-schnell",
+    "meta/meta-llama-3-8b-instruct",
+    "replicate/always-fails",
+    "replicate/hello-world",
+]
+PICTURES = ["story-dark.png", "story.png", "viewer-dark.png", "viewer.png"]
 
 # Answers as Python would, as far as `scripts/setup` asks, and writes down each `-m`.
 PYTHON = """#!/bin/sh
@@ -140,9 +152,9 @@ def test_setup_wants_a_group(clone: Clone) -> None:
         assert (clone.setup(*arguments).returncode, clone.log()) == (2, [])
 
 
-def demo(tmp_path: Path, *, path: str) -> subprocess.Popen[str]:
+def demo(folder: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, ROOT / "scripts/demo.py", "--once"],
+        [sys.executable, ROOT / "scripts/demo.py", *arguments],
         # As set on a machine that traces other things and reaches the world through a proxy.
         env={
             **{name: value for name, value in os.environ.items() if name != "COLUMNS"},
@@ -151,7 +163,7 @@ def demo(tmp_path: Path, *, path: str) -> subprocess.Popen[str]:
             "HTTP_PROXY": "http://127.0.0.1:9",
             "PYTHONWARNINGS": "default",
         },
-        cwd=tmp_path,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -159,21 +171,17 @@ def demo(tmp_path: Path, *, path: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("curl", [True, False])
-def test_the_demo_shows_every_call_with_its_tree(tmp_path: Path, curl: bool) -> None:
-    require("curl" if curl else None)
-    with demo(tmp_path, path=os.environ["PATH"] if curl else str(tmp_path)) as process:
-        shown, _ = process.communicate(timeout=50)
-    assert process.returncode == 0, shown
+def shows_every_call(shown: str) -> None:
     assert shown.splitlines()[1].startswith("All of it runs on this machine, on FakeReplicate")
-    assert shown.splitlines()[-1] == "Every call went as it should."
-    for called in (
-        'portkey.post("predictions",',
-        "portkey.get(path=",
-        "curl -sS -N http" if curl else "urlopen(Request(",
-    ):
+    for called in ('portkey.post("predictions",', "portkey.get(path="):
         assert called in shown
-    for answered in ('"output": "hello Alice"', '"status": "canceled"', "event: done", "→ 401"):
+    for answered in (
+        '"output": "hello Alice"',
+        '"status": "canceled"',
+        "event: done",
+        '"error": "CUDA out of memory"',
+        "→ 401",
+    ):
         assert answered in shown
     for outcome in ("outcome=forwarded  tenant=team-a", "outcome=forwarded  tenant=team-b", "outcome=auth_invalid"):
         assert outcome in shown
@@ -183,18 +191,122 @@ def test_the_demo_shows_every_call_with_its_tree(tmp_path: Path, curl: bool) -> 
         "prediction.cost=0.00011  prediction.cost.currency=USD",
         "prediction.cost.basis=per_input_token,per_output_token",
         "lifecycle.observed_by=cancel",
+        "stream.complete=true",
+        "503 error",
+        "error.type=prediction_failed",
     ):
         assert run in shown
     assert shown.count("the tree of its create is complete") == 4
-    [of_readme] = trees.shown(ROOT.joinpath("README.md").read_text(encoding="utf-8"))
-    # How often it was asked until the end differs, and is a number.
-    assert of_readme in [trees.words(part) for part in shown.split("\n\n")]
+    assert "url.path=/v1/-/streams/" not in shown
+    assert "url.path=/traces" not in shown
     for noise in ("\x1b", "\r", "Traceback", "Warning"):
         assert noise not in shown
 
 
+def test_the_demo_shows_every_call_with_its_tree_and_sends_its_spans(tmp_path: Path) -> None:
+    require("curl")
+    with Sink() as sink, demo(tmp_path, "--once", "--otlp", f"{sink.url}/") as process:
+        shown, _ = process.communicate(timeout=50)
+    assert process.returncode == 0, shown
+    shows_every_call(shown)
+    assert "curl -sS -N http" in shown
+    assert shown.splitlines()[-1] == "Every call went as it should."
+    assert {span.resource["service.name"] for span in sink.spans} == {"illustration-desk"}
+    sent = [span for span in sink.spans if span.scope == "replicate_proxy_mw"]
+    assert sorted(span.name for span in sent if span.name.startswith("generate_content")) == [
+        f"generate_content {model}" for model in MODELS
+    ]
+    assert {span.attributes["portkey.trace_id"] for span in sent if "portkey.trace_id" in span.attributes} == {
+        "demo",
+        "cover-story",
+    }
+    # What the terminal shows is what arrives: nothing was left in a batch.
+    assert {span.trace_id for span in sink.spans} == set(re.findall(r"^trace (\w+)", shown, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1:9", "nothing takes spans at http://127.0.0.1:9: "),
+        ("127.0.0.1:4318", "--otlp wants a URL as http://127.0.0.1:4318, not '127.0.0.1:4318'"),
+    ],
+)
+def test_the_demo_says_where_its_spans_cannot_go(tmp_path: Path, url: str, reason: str) -> None:
+    with demo(tmp_path, "--otlp", url) as process:
+        shown, _ = process.communicate(timeout=50)
+    assert process.returncode == 1
+    assert f"The demo failed: {reason}" in shown
+    assert "1. Create" not in shown
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The viewer's address in a demo that has made its calls, without cURL, and stays."""
+    folder = tmp_path_factory.mktemp("no_curl_here")
+    with demo(folder, path=str(folder)) as process:
+        assert process.stdout is not None
+        shown = ""
+        while "Ctrl-C" not in shown:
+            assert process.poll() is None, shown
+            shown += process.stdout.readline()
+        try:
+            addresses = re.findall(r"http://127\.0\.0\.1:\d+/traces/", shown)
+            assert len(addresses) == 2
+            assert len(set(addresses)) == 1
+            yield addresses[0]
+        finally:
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert rest.splitlines()[-1] == "Bye."
+        shows_every_call(shown + rest)
+        assert "urlopen(Request(" in shown
+
+
+def test_the_demo_stays_with_a_viewer_of_what_it_did(viewer: str) -> None:
+    page = httpx.get(viewer)
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    listed = httpx.get(f"{viewer}requests.json").json()["requests"]
+    creates = [one for one in listed if one["queue_time"] is not None]
+    assert sorted(one["model"] for one in creates) == MODELS
+    assert {one["tenant"] for one in creates} == {"team-a", "team-b"}
+    assert [one["outcome"] for one in listed if one["status"] == 401] == ["auth_invalid"]
+    [of_llama] = [one for one in creates if one["model"].startswith("meta/")]
+    rows = httpx.get(f"{viewer}story.json", params={"trace": of_llama["trace_id"]}).json()["rows"]
+    assert {"create", "attempt", "queue", "run", "stream", "poll"} <= {row["kind"] for row in rows}
+
+
+def test_pictures_are_taken_of_it(viewer: str, tmp_path: Path) -> None:
+    require("chromium")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/screenshots.py", "--of", viewer, "--to", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == PICTURES
+    assert {size(path) for path in tmp_path.iterdir()} == {(2560, 1600)}
+    # Four different ones, and none of an empty page.
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 4
+    assert min(path.stat().st_size for path in tmp_path.iterdir()) > 20_000
+
+
+def test_pictures_in_the_documentation_are_such() -> None:
+    pictures = [ROOT / "docs/images" / name for name in PICTURES]
+    assert {size(path) for path in pictures} == {(2560, 1600)}
+    assert max(path.stat().st_size for path in pictures) < 250_000
+
+
+def size(png: Path) -> tuple[int, int]:
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
 def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path: Path) -> None:
-    with demo(tmp_path, path=os.environ["PATH"]) as process:
+    with demo(tmp_path) as process:
         assert process.stdout is not None
         while "2. Poll" not in process.stdout.readline():
             assert process.poll() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -58,6 +59,15 @@ def test_a_team_cancels_a_prediction(url: str, fake: FakeReplicate) -> None:
     assert found["status"] in ("canceled", "aborted")
 
 
+def test_a_stream_is_read_without_a_key(fake: FakeReplicate) -> None:
+    app = create_app(upstream=fake.url, token=fake.token, stream_hosts=[urlsplit(fake.streams_url).netloc])
+    with serve(app) as served, portkey(served.url, "pk-team-a") as client:
+        prediction = client.post("models/meta/meta-llama-3-8b-instruct/predictions", input={"prompt": "Alice"})
+        stream = prediction.urls["stream"]
+        assert stream.startswith(f"{served.url}/v1/-/streams/")
+        assert "event: done" in httpx.get(stream).text
+
+
 def test_unknown_keys_are_refused(url: str, fake: FakeReplicate) -> None:
     with portkey(url, "pk-stranger") as client, pytest.raises(AuthenticationError):
         client.post("predictions", version=HELLO_WORLD, input={"text": "Alice"})
@@ -68,6 +78,10 @@ def test_a_team_that_may_not_generate_is_told_so(url: str, fake: FakeReplicate) 
     with portkey(url, "pk-archive") as client, pytest.raises(PermissionDeniedError, match="archive only"):
         client.post("predictions", version=HELLO_WORLD, input={"text": "Alice"})
     assert fake.requests == []
+
+
+def test_nobody_sees_traces_unless_they_are_kept(client: httpx.Client) -> None:
+    assert client.get("/traces/").status_code == 404
 
 
 def test_the_desk_works_as_before(client: httpx.Client, fake: FakeReplicate) -> None:

@@ -58,6 +58,9 @@ def test_it_runs_on_a_fake_and_shows_each_request_as_a_tree() -> None:
             json={"version": HELLO_WORLD, "input": {"text": "Alice"}},
         )
         assert created.json()["status"] == "succeeded"
+        assert "<html" in httpx.get(f"http://127.0.0.1:{port}/traces", follow_redirects=True).text
+        listed = httpx.get(f"http://127.0.0.1:{port}/traces/requests.json?q=team-b").json()["requests"]
+        assert [one["operation"] for one in listed] == ["predictions.create", "hardware.list"]
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=20)
     assert process.returncode == 0
@@ -66,6 +69,7 @@ def test_it_runs_on_a_fake_and_shows_each_request_as_a_tree() -> None:
     assert "prediction.queue_time=0.2" in shown
     assert "prediction.run_time=0.6" in shown
     assert "prediction.cost=0.00006  prediction.cost.currency=USD" in shown
+    assert "/traces" not in shown  # what the viewer asks for is no span
     assert "Traceback" not in shown
 
 
