@@ -38,7 +38,7 @@ ANSWER, EXCEPTION = "answer", "exception"
 
 ROOT = Path(__file__).parents[1]
 _OF_THE_TESTS = (f"{ROOT}/tests/", f"{ROOT}/examples/", f"{ROOT}/benchmarks/")
-_OF_PYTEST = ("/_pytest/", "/pluggy/", "/pytest_timeout", "/hypothesis/")
+_OF_TOOLS = ("/_pytest/", "/pluggy/", "/pytest_timeout", "/hypothesis/", "/mutmut/")
 
 
 class Canary:
@@ -87,7 +87,7 @@ class Canary:
             while traceback is not None:
                 code = traceback.tb_frame.f_code
                 if not code.co_filename.startswith(_OF_THE_TESTS) and not any(
-                    part in code.co_filename for part in _OF_PYTEST
+                    part in code.co_filename for part in _OF_TOOLS
                 ):
                     for name, value in traceback.tb_frame.f_locals.items():
                         self.tell(
