@@ -51,6 +51,7 @@ def test_a_host_that_keeps_nothing_for_itself() -> None:
     ("method", "path", "message"),
     [
         ("get", "/x", "Methods are told apart by case, and are written in capitals."),
+        ("G ET", "/x", "The method is none that HTTP has room for."),
         ("POST", "[object%20Object]", 'This SDK takes path and body apart: post("/predictions", {...}).'),
         ("GET", "/a/%2E%2e/b", "The path has a '.' or '..' segment."),
         ("GET", "/a%5Cb", "The path has a backslash or a control character."),
