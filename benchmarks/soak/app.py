@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -44,6 +45,8 @@ class Resolver:
 
 
 def app() -> Any:
+    # Upstreams that cannot be reached are part of it, and what else is said is looked at.
+    logging.getLogger("replicate_proxy_mw").setLevel(logging.ERROR)
     options: dict[str, Any] = {
         "fast": os.environ.get("TRANSPORT") == "fast",
         "max_connections": int(os.environ.get("MAX_CONNECTIONS", MAX_CONNECTIONS)),

@@ -160,11 +160,28 @@ async def test_a_target_that_no_url_can_hold_is_the_caller_s_mistake(upstream: R
         await _to(upstream).forward(_request(target="/" + "a" * 70000))
 
 
-async def test_refused_means_nothing_was_sent() -> None:
+async def test_refused_means_nothing_was_sent(caplog: pytest.LogCaptureFixture) -> None:
     with RawUpstream() as gone:
         url = gone.url
     with pytest.raises(UpstreamUnreachable):
         await _exchange(Upstream(ProxyConfig(upstream=url), None), _request())
+    assert caplog.messages == ["Replicate could not be reached: ConnectionRefusedError"]
+
+
+async def test_the_log_tells_dns_from_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UpstreamUnreachable):
+        await _exchange(Upstream(ProxyConfig(upstream="https://nobody.invalid/v1"), None), _request())
+    assert caplog.messages == ["Replicate could not be reached: gaierror"]
+
+
+async def test_of_another_transport_s_error_the_log_has_its_class_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Unreachable(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            raise httpx.ConnectError(f"no way to send {request.headers['authorization']}")
+
+    with pytest.raises(UpstreamUnreachable):
+        await _exchange(Upstream(ProxyConfig(), Unreachable()), _request())
+    assert caplog.messages == ["Replicate could not be reached: ConnectError"]
 
 
 def _silent(connection: Connection) -> None:

@@ -211,6 +211,9 @@ def _failure(error: BaseException) -> ProxyError:
 
 
 def classify(error: Exception) -> ProxyError:
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        # By class: the text of another's exception may hold anything.
+        logger.warning("Replicate could not be reached: %s", getattr(error, "because", type(error).__name__))
     if isinstance(error, httpx.PoolTimeout):
         return Overloaded()
     if isinstance(error, httpx.TimeoutException):

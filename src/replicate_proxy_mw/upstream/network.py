@@ -62,13 +62,21 @@ def left(deadline: float | None) -> float | None:
     return seconds
 
 
+class NotConnected(httpx.ConnectError):
+    """`because` is the class of what failed: DNS, TCP or TLS."""
+
+    def __init__(self, because: str) -> None:
+        super().__init__(f"not connected: {because}")
+        self.because = because
+
+
 async def connect(
     host: str, port: int, *, ssl_context: ssl.SSLContext | None, seconds: float | None = None
 ) -> NetworkStream:
     """Connect by TCP, and by TLS if there is a context, in so many seconds for all of it.
 
     Raises:
-        httpx.ConnectError, httpx.ConnectTimeout: say nothing of the host's answer.
+        NotConnected, httpx.ConnectTimeout: say nothing of the host's answer.
     """
     if not _on_asyncio():
         return await _connect_trio(host, port, ssl_context, seconds)
@@ -82,7 +90,7 @@ async def connect(
     except TimeoutError:
         failure: httpx.TransportError = httpx.ConnectTimeout("not connected in time")
     except (OSError, UnicodeError) as error:
-        failure = httpx.ConnectError(f"not connected: {type(error).__name__}")
+        failure = NotConnected(type(error).__name__)
     raise failure
 
 
@@ -330,7 +338,20 @@ async def _connect_trio(
             raise
     except Exception as error:
         failure = _as_httpx(error, httpx.ConnectError)
+        if isinstance(failure, httpx.ConnectError):
+            failure = NotConnected(_cause(error))
     raise failure
+
+
+def _cause(error: BaseException) -> str:
+    """The class of what httpcore's and trio's own errors stand for; of several addresses the first."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            return type(error).__name__
 
 
 class _TrioStream:
