@@ -137,6 +137,17 @@ def test_a_snapshot_has_another_version_when_anything_has_changed() -> None:
     assert versions[0] == versions[1] < versions[2] < versions[3] == versions[4] < 2**53
 
 
+def test_the_version_is_told_without_reading_what_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process()
+    request = process.proxy.start_span("request")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(request), "attributes", property(lambda span: pytest.fail("it is read")))
+        version = process.buffer.version
+        assert version == process.buffer.version
+    request.end()
+    assert process.buffer.version > version
+
+
 def test_one_process_has_another_version_than_the_one_before() -> None:
     before = Process()
     for _ in range(10):

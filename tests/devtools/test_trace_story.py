@@ -13,7 +13,8 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, S
 
 from replicate_proxy_mw.devtools import TraceBuffer
 from replicate_proxy_mw.devtools.trace_story import (
-    MAX_REQUESTS,
+    MAX_LINES,
+    MAX_QUERY,
     MAX_ROWS,
     MAX_TEXT,
     Row,
@@ -49,8 +50,9 @@ class Shown:
         return self.buffer.snapshot().traces
 
     def list(self, query: str = "") -> tuple[Summary, ...]:
+        """Of polls that came to the same, the first."""
         found = listing(self.traces, query)
-        assert found.total == len(found.requests)
+        assert found.total == sum(summary.count for summary in found.requests)
         return found.requests
 
     def one(self, operation: str) -> Summary:
@@ -103,7 +105,7 @@ class Recorder:
         return self.buffer.snapshot().traces
 
     def request(self, start: int = 0, *, above: Any = None, links: tuple[Link, ...] = (), **told: Any) -> Any:
-        attributes = {name.replace("_", "."): value for name, value in told.items()}
+        attributes = {name if "." in name else name.replace("_", "."): value for name, value in told.items()}
         attributes[names.HTTP_REQUEST_METHOD], attributes[names.HTTP_ROUTE] = "GET", "/v1/predictions/{prediction_id}"
         context = None if above is None else trace.set_span_in_context(above)
         span = self.proxy.start_span(
@@ -416,9 +418,75 @@ def test_predictions_that_are_asked_for_often_leave_off_the_oldest_polls(recorde
     assert (len(told.rows), told.omitted) == (MAX_ROWS, 2)
     assert [row.start for row in told.rows[:3]] == [0, 1, 4]
     assert told.rows[0].id == f"{create.get_span_context().span_id:016x}"
-    found = listing(recorder.traces, "p1")
-    assert (found.total, len(found.requests)) == (MAX_ROWS + 2, MAX_REQUESTS)
-    assert found.requests[0].start == MAX_ROWS + 1
+
+
+def test_polls_that_came_to_the_same_are_one_line(recorder: Recorder) -> None:
+    """A client that polls each second leaves the creates in the list."""
+    recorder.request(0, replicate_prediction_id="p1", replicate_operation="predictions.create")
+    alike: dict[str, Any] = {"replicate_prediction_id": "p1", "replicate_prediction_status": "processing"}
+    for number in range(300):
+        recorder.request(number + 2, **alike)
+    others: tuple[dict[str, Any], ...] = (
+        {"replicate_prediction_status": "succeeded"},
+        {"replicate_prediction_id": "p2"},
+        {names.TENANT: "team-b"},
+        {names.HTTP_RESPONSE_STATUS_CODE: 503},
+        {names.OUTCOME: "limited"},
+        {"error_type": "timeout"},
+    )
+    for number, other in enumerate(others):
+        recorder.request(number + 400, **alike | other)
+    recorder.request(500, replicate_operation="account.get")
+    recorder.request(501, replicate_operation="account.get")
+    found = listing(recorder.traces, "")
+    assert (found.total, len(found.requests)) == (309, 10)
+    polls, create = found.requests[-2:]
+    assert (polls.start, polls.until, polls.count, polls.operation) == (2, 301, 300, "predictions.get")
+    assert (create.start, create.until, create.count, create.operation) == (0, None, 1, "predictions.create")
+    assert {summary.count for summary in found.requests[:-2]} == {1}
+    [alone] = listing(recorder.traces, polls.trace_id).requests
+    assert (alone.start, alone.until, alone.count) == (2, None, 1)
+
+
+def test_a_poll_that_is_open_or_tells_the_run_is_a_line_of_its_own(recorder: Recorder) -> None:
+    polls = [recorder.request(number, replicate_prediction_id="p1") for number in range(3)]
+    run: dict[str, Any] = {names.OBSERVED_BY: "poll", names.COST: 0.5}
+    recorder.proxy.start_span("run", trace.set_span_in_context(polls[1]), SpanKind.CLIENT, attributes=run).end()
+    told: dict[str, Any] = {names.HTTP_REQUEST_METHOD: "GET", names.HTTP_ROUTE: "/v1/predictions/{prediction_id}"}
+    told[names.PREDICTION_ID] = "p1"
+    recorder.proxy.start_span("GET", kind=SpanKind.SERVER, attributes=told, start_time=10 * MILLISECOND)
+    found = listing(recorder.traces, "").requests
+    assert [(summary.start, summary.count, summary.cost) for summary in found] == [
+        (10, 1, None),
+        (1, 1, 0.5),
+        (0, 2, None),
+    ]
+
+
+def test_the_newest_lines_are_listed(recorder: Recorder) -> None:
+    for number in range(MAX_LINES + 1):
+        recorder.request(number, replicate_operation="account.get")
+    found = listing(recorder.traces, "")
+    assert (found.total, len(found.requests)) == (MAX_LINES + 1, MAX_LINES)
+    assert [found.requests[0].start, found.requests[-1].start] == [MAX_LINES, 1]
+
+
+def test_a_trace_stands_for_its_first_request_whatever_is_searched_for(recorder: Recorder) -> None:
+    above = recorder.host.start_span("page")
+    for number, name in enumerate(("one", "two")):
+        recorder.request(number, above=above, replicate_prediction_id=name, replicate_operation="predictions.create")
+    found = {query: listing(recorder.traces, query).requests for query in ("", "one", "two")}
+    assert {query: [summary.first for summary in lines] for query, lines in found.items()} == {
+        "": [False, True],
+        "one": [True],
+        "two": [False],
+    }
+
+
+def test_a_search_is_as_long_as_what_the_page_takes(recorder: Recorder) -> None:
+    recorder.request(0, replicate_operation="account.get")
+    for query, count in ((f"{'get ':{MAX_QUERY}}nowhere", 1), (f"{'get ':{MAX_QUERY - 7}}nowhere", 0)):
+        assert listing(recorder.traces, query).total == count
 
 
 def test_there_is_no_story_of_what_is_not_there(recorder: Recorder) -> None:
@@ -523,6 +591,56 @@ def test_what_the_host_says_of_its_spans(recorder: Recorder) -> None:
     assert query.attributes == (("otel.scope.name", "host"), ("otel.status_description", "no rows"))
     [event] = query.events
     assert (event.name, event.time, event.attributes) == ("exception", 2000.0, (("exception.type", "KeyError"),))
+
+
+def test_spans_of_the_host_are_shown_without_secrets(recorder: Recorder) -> None:
+    """Those of the proxy's are without them already."""
+    request = recorder.proxy.start_span("request", kind=SpanKind.SERVER)
+    told: dict[str, Any] = {
+        "url.path": "/v1/-/streams/c2VjcmV0LW9mLWEtc3RyZWFt",
+        "url.full": "http://app.example/v1/-/streams/c2VjcmV0?a=1&token=hunter22",
+        "http.request.header.x-portkey-api-key": ["pk-of-a-caller"],
+        "http.request.header.x_portkey_config": ["pc-of-a-caller"],
+        "http.request.header.cookie": "session=of-a-caller",
+        "http.request.header.user-agent": ["client/1.0"],
+        "http.response.header.etag": "W/1",
+        "aws.s3.key": "pictures/1.png",
+        "count": 3,
+    }
+    span = recorder.host.start_span("GET /-/streams/c2Vjcm", trace.set_span_in_context(request), attributes=told)
+    span.set_status(Status(StatusCode.ERROR, "Bearer of-a-caller-1 was refused"))
+    span.add_event("exception", {"exception.message": "no such token: r8_OfACaller"})
+    span.end()
+    request.end()
+    story = recorder.story(request)
+    assert story is not None
+    _, row = story.rows
+    assert row.name == "GET /-/streams/REDACTED"
+    assert dict(row.attributes) == {
+        "url.path": "/v1/-/streams/REDACTED",
+        "url.full": "http://app.example/v1/-/streams/REDACTED?a=1&token=REDACTED",
+        "http.request.header.x-portkey-api-key": "REDACTED",
+        "http.request.header.x_portkey_config": "REDACTED",
+        "http.request.header.cookie": "REDACTED",
+        "http.request.header.user-agent": '["client/1.0"]',
+        "http.response.header.etag": "W/1",
+        "aws.s3.key": "pictures/1.png",
+        "count": "3",
+        "otel.scope.name": "host",
+        "otel.status_description": "Bearer REDACTED was refused",
+    }
+    assert row.events[0].attributes == (("exception.message", "no such token: REDACTED"),)
+
+
+def test_times_are_those_that_a_browser_has_dates_for(recorder: Recorder) -> None:
+    request = recorder.proxy.start_span("request", kind=SpanKind.SERVER, start_time=-(10**400))
+    request.end(10**400)
+    wrong: Any = "yesterday"
+    recorder.host.start_span("no time", trace.set_span_in_context(request), start_time=wrong)
+    story = recorder.story(request)
+    assert story is not None
+    assert [(row.start, row.end) for row in story.rows] == [(-8.64e15, 8.64e15)]
+    assert listing(recorder.traces, "").requests[0].start == -8.64e15
 
 
 def test_attributes_are_told_in_the_order_in_which_they_are_looked_for(recorder: Recorder) -> None:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from anyio import CapacityLimiter, create_task_group, to_thread
 from fastapi import FastAPI
 from hypercorn.middleware import DispatcherMiddleware
 from litestar import Litestar, Router, asgi
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
 
 from replicate_proxy_mw import MappingKeyResolver, ProxyConfig, ReplicateProxyMiddleware
@@ -67,7 +70,7 @@ def here() -> Provider:
 SUMMARY = (
     *("trace_id", "span_id", "start", "duration", "method", "route", "status", "outcome", "error", "operation"),
     *("tenant", "model", "prediction_id", "prediction_status", "cost", "currency", "queue_time", "run_time"),
-    *("portkey_trace_id", "metadata"),
+    *("portkey_trace_id", "metadata", "first", "count", "until"),
 )
 ROW = (
     *("id", "trace_id", "parent", "depth", "kind", "name", "start", "end", "status", "code", "current"),
@@ -230,7 +233,7 @@ async def test_this_machine_may_look(here: Provider, address: str) -> None:
     assert (await here.ask("/requests.json", client=[address, 1])).status == 200
 
 
-@pytest.mark.parametrize("client", [*((address, 1) for address in ELSEWHERE), None])
+@pytest.mark.parametrize("client", [*((address, 1) for address in ELSEWHERE), None, ()])
 async def test_others_may_not(here: Provider, client: Any) -> None:
     for target in ("/", "", "/requests.json", "/story.json", "/other"):
         answer = await here.ask(target, client=client)
@@ -260,6 +263,16 @@ async def test_hosts_of_this_machine(here: Provider, host: str) -> None:
     "host",
     [
         *("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "192.0.2.1", ""),
+        *(
+            "localhost.",
+            "127.0.0.1.",
+            "127.1",
+            "0.0.0.0",
+            "[::]",
+            "[localhost]",
+            "localhost%2eevil.example",
+            "LOCALHOST.EVIL",
+        ),
         *("[::2]", "[2001:db8::1]:80", "::1", "localhost:80:80", "localhost@evil.example", "user@localhost", "[::1]x"),
         *(
             "localhost, evil.example",
@@ -291,6 +304,12 @@ async def test_whoever_comes_through_a_proxy_on_this_machine_may_not(here: Provi
     assert name.lower() in answer.content
 
 
+async def test_whoever_comes_through_an_nginx_that_adds_nothing_may_not(here: Provider) -> None:
+    """It (1.22) speaks HTTP/1.0 unless it is told otherwise, and names the app's own address as the host."""
+    for version, status in (("1.0", 403), ("1.1", 200), ("2", 200)):
+        assert (await here.ask("/requests.json", http_version=version)).status == status
+
+
 async def test_a_host_with_a_login_lets_others_in() -> None:
     there = Provider(allow_remote=True)
     for more in ({"client": ("192.0.2.1", 1)}, {"client": None}):
@@ -299,12 +318,74 @@ async def test_a_host_with_a_login_lets_others_in() -> None:
     assert (await there.ask("/requests.json", "POST")).status == 405
 
 
+CROSS_SITE: list[Headers] = [
+    [(b"origin", b"https://evil.example")],
+    [(b"Origin", b"null")],
+    [(b"sec-fetch-site", b"cross-site")],
+    [(b"Sec-Fetch-Site", b"same-site")],  # another port of this machine's, and whoever has it
+]
+
+
+@pytest.mark.parametrize("headers", CROSS_SITE)
+@pytest.mark.parametrize("allow_remote", [False, True])
+async def test_pages_of_other_sites_may_not_read_what_a_host_opens_to_all_of_them(
+    headers: Headers, allow_remote: bool
+) -> None:
+    here = Provider(allow_remote=allow_remote)
+    trace_id = here.request()
+    app = CORSMiddleware(here.viewer, allow_origins=["*"], allow_private_network=True)
+    for target in ("/requests.json", f"/story.json?trace={trace_id}"):
+        answer = await Caller().call(
+            app, http_scope("GET", target, []) | {"client": ("127.0.0.1", 1), "headers": [LOCAL, *headers]}
+        )
+        assert (answer.status, json.loads(answer.content)) == (403, {"error": "This is for the viewer's own page."})
+
+
+@pytest.mark.parametrize("site", [b"same-origin", b"none"])
+async def test_its_own_page_and_whoever_types_an_address_may(here: Provider, site: bytes) -> None:
+    assert (await here.ask("/requests.json", headers=[LOCAL, (b"sec-fetch-site", site)])).status == 200
+
+
+async def test_a_link_from_another_site_leads_to_the_page(here: Provider) -> None:
+    for target, status in (("/", 200), ("/other", 404)):
+        assert (await here.ask(target, headers=[LOCAL, (b"sec-fetch-site", b"cross-site")])).status == status
+
+
+async def test_the_hosts_event_loop_goes_on_meanwhile(here: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it wait for the threads of the host's own handlers."""
+    asked, went_on = threading.Event(), threading.Event()
+    snapshot = here.buffer.snapshot
+
+    def slow() -> Any:
+        asked.set()
+        assert went_on.wait(5)
+        return snapshot()
+
+    monkeypatch.setattr(here.buffer, "snapshot", slow)
+    busy = to_thread.current_default_thread_limiter()
+    async with create_task_group() as tasks:
+        for number in range(int(busy.total_tokens)):
+            await busy.acquire_on_behalf_of(number)
+        answers: list[int | None] = []
+
+        async def ask() -> None:
+            answers.append((await here.ask("/requests.json")).status)
+
+        tasks.start_soon(ask)
+        await to_thread.run_sync(asked.wait, 5, limiter=CapacityLimiter(1))
+        went_on.set()
+    assert answers == [200]
+    for number in range(int(busy.total_tokens)):
+        busy.release_on_behalf_of(number)
+
+
 def test_the_reason_is_told() -> None:
     local = {"client": ("127.0.0.1", 1), "headers": [LOCAL]}
     reasons = [
         remote(local),
         remote({"headers": []}),
         remote(local | {"client": ("192.0.2.1", 1)}),
+        remote(local | {"http_version": "1.0"}),
         remote(local | {"headers": []}),
         remote(local | {"headers": [LOCAL, LOCAL]}),
         remote(local | {"headers": [(b"host", b"evil.example")]}),

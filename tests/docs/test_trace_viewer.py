@@ -156,7 +156,7 @@ def test_bounds() -> None:
         "max_spans_per_trace": str(defaults["max_spans_per_trace"]),
         "max_bytes": f"{defaults['max_bytes'] // 2**20} MiB",
     }
-    assert f"{trace_story.MAX_REQUESTS} requests at most" in PAGE.text
+    assert f"{trace_story.MAX_LINES} lines at most" in PAGE.text
     assert f"{trace_story.MAX_ROWS} lines at most" in PAGE.text
     assert f"{trace_story.MAX_TEXT:,}\ncharacters" in PAGE.text
 

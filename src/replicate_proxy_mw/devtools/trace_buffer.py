@@ -70,6 +70,14 @@ class TraceBuffer(SpanProcessor):
         # Litestar's routers copy their handlers with all that they hold.
         return self
 
+    @property
+    def version(self) -> int:
+        """Another one as soon as a span has begun or ended. As `snapshot`, not for a finaliser."""
+        self._of_this_process()
+        with self._lock:
+            self._sort_in()
+            return self._version
+
     def snapshot(self) -> Snapshot:
         """What is held now. Not for a finaliser, which may have interrupted a span that is read here."""
         self._of_this_process()
@@ -142,7 +150,7 @@ class TraceBuffer(SpanProcessor):
 
 
 class Snapshot(NamedTuple):
-    """`version` is another one as soon as anything has changed; the last trace is the one where it did."""
+    """The last trace is the one where something has changed last."""
 
     version: int
     traces: tuple[Trace, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property, lru_cache
@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
 from ..operations import OPERATIONS
 from ..routing import STREAM, WEBHOOK
 from ..telemetry import names
+from ..telemetry.scrub import BARE, REDACTED, is_secret_name
 
 SCOPE = "replicate_proxy_mw"
 
@@ -28,17 +29,27 @@ MAX_NAME = 256
 # Attributes, events and links of a span, each: what OpenTelemetry's SDK has by default.
 MAX_PARTS = 128
 
-# Requests in an answer, and rows of a story.
-MAX_REQUESTS = 200
+# Lines of the list, and rows of a story.
+MAX_LINES = 200
 MAX_ROWS = 500
+
+# Characters of a search, each word of which is looked for in all requests.
+MAX_QUERY = 500
 
 Scalar = str | int | float | bool
 Attributes = Mapping[str, Scalar]
 Pairs = tuple[tuple[str, str], ...]
 Kind = Literal["create", "poll", "cancel", "stream", "webhook", "request", "attempt", "queue", "run", "host"]
 
+# Nanoseconds before and after 1970 that a browser has dates for.
+MAX_TIME = 864 * 10**19
+
 # Control characters but for tabs and line feeds, marks that change the direction of writing, lone surrogates.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# What a host's own spans may tell of a caller: headers of its request, and the URL of a stream, which is a secret.
+_HEADER = re.compile(r"http\.(?:request|response)\.header\.(.+)")
+_STREAM = re.compile(r"(/-/streams/)[^/?#\s\"'<>]+")
 
 _STATUS = re.compile("[1-5][0-9]{2}")
 
@@ -134,21 +145,28 @@ def seen(span: ReadableSpan) -> SeenSpan:
     """`span` as it is now."""
     context, parent, scope = span.get_span_context(), span.parent, span.instrumentation_scope
     assert context is not None
-    start = span.start_time or 0
+    start = _time(span.start_time or 0)
+    own = scope is not None and scope.name == SCOPE
+    # The proxy's own have no secrets any more.
+    clean = str if own else without_secrets
     return SeenSpan(
         trace_id=format_trace_id(context.trace_id),
         span_id=format_span_id(context.span_id),
         parent_id=None if parent is None else format_span_id(parent.span_id),
         scope="" if scope is None else visible(scope.name, MAX_NAME),
         kind=span.kind,
-        name=visible(span.name, MAX_NAME),
+        name=clean(visible(span.name, MAX_NAME)),
         start=start,
-        end=span.end_time,
+        end=None if span.end_time is None else _time(span.end_time),
         status=span.status.status_code.name.lower(),
-        description=visible(span.status.description or ""),
-        attributes=_attributes(span.attributes),
+        description=clean(visible(span.status.description or "")),
+        attributes=_attributes(span.attributes, own=own),
         events=tuple(
-            SeenEvent(visible(event.name, MAX_NAME), event.timestamp or start, _attributes(event.attributes))
+            SeenEvent(
+                clean(visible(event.name, MAX_NAME)),
+                _time(event.timestamp or start),
+                _attributes(event.attributes, own=own),
+            )
             for event in islice(span.events, MAX_PARTS)
         ),
         links=tuple(
@@ -158,11 +176,27 @@ def seen(span: ReadableSpan) -> SeenSpan:
     )
 
 
-def _attributes(attributes: Mapping[str, Any] | None) -> dict[str, Scalar]:
-    return {
-        visible(str(name), MAX_NAME): value if _is_number(value) else shown(value)
-        for name, value in islice((attributes or {}).items(), MAX_PARTS)
-    }
+def _time(nanoseconds: int) -> int:
+    return max(-MAX_TIME, min(nanoseconds, MAX_TIME))
+
+
+def without_secrets(text: str) -> str:
+    return _STREAM.sub(rf"\1{REDACTED}", BARE(text))
+
+
+def _attributes(attributes: Mapping[str, Any] | None, *, own: bool) -> dict[str, Scalar]:
+    told: dict[str, Scalar] = {}
+    for name, value in islice((attributes or {}).items(), MAX_PARTS):
+        text = value if _is_number(value) else shown(value) if own else _of_host(str(name), value)
+        told[visible(str(name), MAX_NAME)] = text
+    return told
+
+
+def _of_host(name: str, value: object) -> str:
+    header = _HEADER.fullmatch(name)
+    if header is not None and (is_secret_name(header[1]) or header[1].endswith("config")):
+        return REDACTED
+    return without_secrets(shown(value))
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
@@ -301,6 +335,21 @@ class Request:
             },
         )
 
+    @cached_property
+    def kind(self) -> Kind:
+        return _kind(self.span)
+
+    @cached_property
+    def alike(self) -> Hashable:
+        """The same for polls of a prediction that came to the same; for every other request, what is of it alone."""
+        summary = self.summary
+        if self.kind != "poll" or summary.duration is None or summary.prediction_id is None or self.run is not None:
+            return self.span.trace_id, self.span.span_id
+        return (
+            *(summary.prediction_id, summary.prediction_status, summary.tenant),
+            *(summary.status, summary.outcome, summary.error),
+        )
+
 
 def _saying(request: Request) -> Attributes:
     """What the caller says of itself is on the attempts while the request is under way."""
@@ -316,8 +365,10 @@ def _said(request: Request, name: str) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """A line of the list. `start` is in milliseconds since the epoch, the other times are in seconds; what is not known
-    (yet) is None. Cost, times and status are those of the run, once that is told."""
+    """A line of the list: a request, or the first of `count` polls that came to the same, with the start of the last in
+    `until`. `start` and `until` are in milliseconds since the epoch, the other times are in seconds; what is not known
+    (yet) is None. Cost, times and status are those of the run, once that is told. `first` says whether the request is
+    the one that its trace's id stands for."""
 
     trace_id: str
     span_id: str
@@ -339,20 +390,24 @@ class Summary:
     run_time: float | None
     portkey_trace_id: str | None
     metadata: Mapping[str, str]
+    first: bool = True
+    count: int = 1
+    until: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """What matches: how many there are, and the newest of them."""
+    """What matches: how many requests there are, and the newest lines of them."""
 
     total: int
     requests: tuple[Summary, ...]
 
 
-def listing(traces: Iterable[Trace], query: str) -> Listing:
-    """The requests in which each word of `query` occurs, the newest first."""
+def listing(traces: Sequence[Trace], query: str) -> Listing:
+    """The requests in which each word of `query` occurs, the newest first. Polls that came to the same are one line,
+    where the first of them was: a client that polls each second would leave nothing else in sight."""
     requests = sorted(
-        (request for trace in traces for request in trace.requests), key=lambda request: -request.span.start
+        (request for trace in traces for request in trace.requests), key=lambda request: request.span.start
     )
     # A stream does not say which model it is of, and a create not how its prediction stands by now.
     models: dict[str | None, str] = {}
@@ -360,21 +415,31 @@ def listing(traces: Iterable[Trace], query: str) -> Listing:
     for request in requests:
         summary = request.summary
         if summary.model is not None:
-            models.setdefault(summary.prediction_id, summary.model)
+            models[summary.prediction_id] = summary.model
         if summary.prediction_status is not None:
-            statuses.setdefault(summary.prediction_id, summary.prediction_status)
-    words = query.casefold().split()
-    found = []
+            statuses[summary.prediction_id] = summary.prediction_status
+    words = query[:MAX_QUERY].casefold().split()
+    found: dict[Hashable, list[Summary]] = {}
     for request in requests:
         summary = request.summary
         if (id := summary.prediction_id) is not None:
             if summary.model is None and id in models:
                 summary = replace(summary, model=models[id])
-            if request.run is None and id in statuses and _kind(request.span) == "create":
+            if request.run is None and id in statuses and request.kind == "create":
                 summary = replace(summary, prediction_status=statuses[id])
         if not words or _matches(summary, request.span, words):
-            found.append(summary)
-    return Listing(len(found), tuple(found[:MAX_REQUESTS]))
+            found.setdefault(request.alike, []).append(summary)
+    named = {(trace.id, trace.requests[0].span.span_id) for trace in traces if trace.requests}
+    lines = tuple(_line(alike, named) for alike in islice(reversed(found.values()), MAX_LINES))
+    return Listing(sum(map(len, found.values())), lines)
+
+
+def _line(alike: Sequence[Summary], named: Collection[_Key]) -> Summary:
+    summary, count = alike[0], len(alike)
+    first = (summary.trace_id, summary.span_id) in named
+    if first and count == 1:
+        return summary
+    return replace(summary, first=first, count=count, until=alike[-1].start if count > 1 else None)
 
 
 def _matches(summary: Summary, span: SeenSpan, words: Sequence[str]) -> bool:
@@ -448,9 +513,11 @@ def story(traces: Sequence[Trace], trace_id: str, span_id: str | None = None) ->
     # Of a create that is not held any more, the run may be all that there is.
     prediction = next(iter(sorted(trace.predictions)), None) if asked is None else asked.prediction_id
     if prediction is None:
-        groups = _groups(trace, (), trace.id, asked)
+        traces, groups = (trace,), _groups(trace, (), trace.id, asked)
     else:
         members = _members(traces, prediction)
+        ids = {id for id, _ in members}
+        traces = [one for one in traces if one.id in ids]
         groups = [group for one in traces for group in _groups(one, _others(one, members), trace.id, asked)]
     groups.sort(key=lambda group: group[0].start)
     omitted = _thin(groups)
@@ -458,12 +525,7 @@ def story(traces: Sequence[Trace], trace_id: str, span_id: str | None = None) ->
     if not rows:  # each is below another: nothing that happens, but spans may say anything
         return None
     told = [] if asked is None else [asked.span, *asked.attempts]
-    told += [
-        span
-        for one in traces
-        for span in one.spans
-        if prediction is not None and span.own and span.prediction_id == prediction
-    ]
+    told += [span for one in traces for span in one.spans if span.own and span.prediction_id == prediction]
     ends = [row.end for row in rows]
     return Story(
         trace_id=trace_id,
@@ -506,7 +568,7 @@ def _others(trace: Trace, members: Collection[_Key]) -> Collection[str]:
         while above is not None and above.span_id not in marked:
             marked.add(above.span_id)
             above = trace.parent(above)
-    return others - wanted if wanted else trace.by_id
+    return others - wanted
 
 
 def _groups(trace: Trace, hidden: Collection[str], trace_id: str, asked: Request | None) -> list[list[Row]]:

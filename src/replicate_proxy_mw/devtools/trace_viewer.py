@@ -13,6 +13,8 @@ from importlib.resources.abc import Traversable
 from typing import Any
 from urllib.parse import parse_qs, quote
 
+from anyio import CapacityLimiter, to_thread
+
 from .trace_buffer import TraceBuffer
 from .trace_story import listing, story
 
@@ -38,8 +40,9 @@ class TraceViewer:
     Args:
         traces: where the traces are.
         allow_remote: by default it answers only this machine: the caller's address and the `host` header are
-            loopback's, and no proxy has added the caller's own address. With True it answers everyone, which needs a
-            login of the host's before it: traces hold paths, metadata and, where content is captured, prompts.
+            loopback's, and no proxy has added the caller's own address. One that adds nothing cannot be told from a
+            browser here. With True it answers everyone, which needs a login of the host's before it: traces hold
+            paths, metadata and, where content is captured, prompts.
 
     Raises:
         RuntimeError: its page is not there, since the package was not installed as a whole.
@@ -69,7 +72,9 @@ class TraceViewer:
             await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, send: Send) -> None:
-        status, headers, body = self._found(scope)
+        # In a thread: to read thousands of spans takes a while. By a limiter of its own, since what one wants to look
+        # into may be handlers that have all the threads there are.
+        status, headers, body = await to_thread.run_sync(self._found, scope, limiter=CapacityLimiter(1))
         if status != 204:
             headers = [*headers, (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]})
@@ -82,21 +87,22 @@ class TraceViewer:
             status, headers, body = _json({"error": "It can only be read: GET and HEAD."}, 405)
             return status, [*headers, (b"allow", b"GET, HEAD")], body
         path = below(scope)
-        query = {name: values[0] for name, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
         if path == "":
             return 307, [(b"location", slashed(scope))], b""
         if path == "/":
             return 200, [(b"content-type", b"text/html; charset=utf-8")], self._page
-        if path == "/requests.json":
-            return self._requests(query)
-        if path == "/story.json":
-            return self._story(query)
-        return _json({"error": "There is no such page here."}, 404)
+        answer = {"/requests.json": self._requests, "/story.json": self._story}.get(path)
+        if answer is None:
+            return _json({"error": "There is no such page here."}, 404)
+        if of_another_site(scope):
+            return _json({"error": "This is for the viewer's own page."}, 403)
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        return answer({name: values[0] for name, values in query.items()})
 
     def _requests(self, query: Mapping[str, str]) -> tuple[int, Headers, bytes]:
-        version, traces = self._traces.snapshot()
-        if query.get("after") == str(version):
+        if query.get("after") == str(self._traces.version):
             return 204, [], b""
+        version, traces = self._traces.snapshot()
         found = listing(traces, query.get("q", ""))
         return _json({"version": version, "total": found.total, "requests": found.requests})
 
@@ -135,10 +141,12 @@ def remote(scope: Mapping[str, Any]) -> str | None:
     The `host` header is looked at, since any site may have a name that leads here (DNS rebinding).
     """
     client = scope.get("client")
-    if client is None:
+    if not client:
         return "the server does not tell who asks"
     if not _is_loopback(str(client[0])):
         return "who asks is not this machine"
+    if scope.get("http_version") == "1.0":
+        return "no browser speaks HTTP/1.0, as nginx does to an app"
     hosts: list[str] = []
     for name, value in scope["headers"]:
         name = name.lower()
@@ -153,6 +161,16 @@ def remote(scope: Mapping[str, Any]) -> str | None:
     if name_of_host != "localhost" and not _is_loopback(name_of_host.strip("[]")):
         return "the host header names something else"
     return None
+
+
+def of_another_site(scope: Mapping[str, Any]) -> bool:
+    """Whether a page of another origin asks: a host with CORS for all that it serves would let it read the answer."""
+    for name, value in scope["headers"]:
+        name = name.lower()
+        # A page's GET of its own origin has no `origin`.
+        if name == b"origin" or (name == b"sec-fetch-site" and value not in (b"same-origin", b"none")):
+            return True
+    return False
 
 
 def _is_loopback(address: str) -> bool:
