@@ -50,6 +50,7 @@ class Panel:
     steps: Sequence[tuple[str, float | None]] = (("green", None),)
     colour: Literal["palette-classic-by-name", "thresholds"] = "palette-classic-by-name"
     links: Sequence[Json] = ()
+    mappings: Sequence[Json] = ()
     transformations: Sequence[Json] = ()
     overrides: Sequence[Json] = ()
 
@@ -73,6 +74,7 @@ class Panel:
                     "color": {"mode": self.colour},
                     "thresholds": {"mode": "absolute", "steps": steps},
                     "links": list(self.links),
+                    "mappings": list(self.mappings),
                     "custom": self.custom,
                 },
                 "overrides": list(self.overrides),
@@ -165,6 +167,8 @@ def number(
         },
         steps=steps or (("text", None),),
         colour="thresholds",
+        # A part of no requests, or a quantile of none.
+        mappings=[{"type": "special", "options": {"match": "nan", "result": {"index": 0, "text": "-"}}}],
     )
 
 

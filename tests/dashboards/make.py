@@ -193,9 +193,10 @@ def traffic() -> Json:
                 [
                     lines(
                         "Failed, by outcome",
-                        "upstream_error: Replicate could not be reached, or its answer was cut. upstream_timeout: it "
-                        "took too long. overloaded: a limit of this process. resolver_error: your key resolver, "
-                        "store or webhook function.",
+                        "upstream_error: Replicate could not be reached, or its answer was cut; or the proxy or a "
+                        "layer of yours failed (internal_error on spans). upstream_timeout: it took too long. "
+                        "overloaded: a limit of this process. resolver_error: your key resolver, store, check of "
+                        "guardrails or webhook function.",
                         Query(
                             rate(requests, f'{TENANT}, replicate_proxy_outcome=~"{FAILED}"', "replicate_proxy_outcome"),
                             "{{replicate_proxy_outcome}}",
@@ -479,7 +480,8 @@ def predictions() -> Json:
                     ),
                     listing(
                         "Models",
-                        "In the whole time range.",
+                        "In the whole time range. The cost alone is that of the chosen tenants, and adds up what is in "
+                        "several currencies: see “Who spends on what”.",
                         [
                             ("Ended", Query(total(ended, MODEL, by_model), now=True), "short"),
                             ("Failed", Query(total(ended, f"{MODEL}, {failed}", by_model), now=True), "short"),

@@ -104,6 +104,7 @@ def test_what_the_nginx_does_not_do(nginx: str, fake: FakeReplicate) -> None:
     assert link.startswith(fake.url)
     assert httpx.get(link, headers={"authorization": "Bearer pk-team-b"}).status_code == 401
     assert httpx.post(f"{nginx}/v1/predictions", headers=headers, json={"data": body}).status_code == 422
+    assert httpx.get(f"{nginx}/v1/account", headers={"x-portkey-api-key": "PK-Team-B"}).status_code == 200
     # The fake refuses what should not reach Replicate, and says what it is.
     told = httpx.get(f"{nginx}/v1/account", headers=headers | {"x-portkey-trace-id": "order-42"}).json()["detail"]
     assert told.endswith(": x-portkey-trace-id")

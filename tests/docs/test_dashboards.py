@@ -180,8 +180,8 @@ def test_panels_are_those_of_the_dashboards() -> None:
 def test_alerts_are_the_rules() -> None:
     told = re.findall(r"^\| `(Replicate\w+)` \| (\w+) \|", PAGE.text, re.MULTILINE)
     assert told == [(rule["alert"], rule["labels"]["severity"]) for rule in rules()]
-    assert len(told) == 14
-    assert "fourteen alerting rules" in PAGE.text
+    assert len(told) == 15
+    assert "fifteen alerting rules" in PAGE.text
 
 
 def test_figures_of_series_are_those_of_the_registry() -> None:

@@ -6,16 +6,26 @@ import inspect
 import re
 from xml.etree import ElementTree
 
+import anyio
 import pytest
 
-from replicate_proxy_mw import ProxyConfig, ReplicateProxyMiddleware, StaticKeyResolver, errors, ingress, json_bodies
+from replicate_proxy_mw import (
+    KeyRequest,
+    ProxyConfig,
+    ReplicateProxyMiddleware,
+    StaticKeyResolver,
+    errors,
+    ingress,
+    json_bodies,
+)
 from replicate_proxy_mw.errors import ProxyError
 from replicate_proxy_mw.layers import model_rules, ownership, resend, unwrap, whole
 from replicate_proxy_mw.operations import OPERATIONS
 from replicate_proxy_mw.store import Ledger, MemoryPredictionStore
 from replicate_proxy_mw.telemetry import attempt
+from replicate_proxy_mw.testing import FakeReplicate
 from tests.documents import ROOT, Page, execute
-from tests.raw_asgi import TOKEN, host
+from tests.raw_asgi import TOKEN, Caller, host, http_scope, proxy
 
 HOW = Page("docs/how-it-works.md")
 MIB = 1 << 20
@@ -70,6 +80,23 @@ def test_steps_come_in_the_order_of_the_code() -> None:
     places = [code.index(step) for step in steps]
     assert places == sorted(places)
     assert len(OPERATIONS) == int(re.findall(r"Replicate's (\d+) operations", HOW.text)[0])
+
+
+@pytest.mark.anyio
+async def test_the_resolver_is_let_finish_and_then_nothing_is_sent() -> None:
+    caller, finished = Caller(body=[]), []
+
+    async def key_resolver(request: KeyRequest) -> str:
+        caller.left.set()
+        await anyio.sleep(0.3)  # longer than anybody waits who looks out
+        finished.append(True)
+        return TOKEN
+
+    with FakeReplicate().serve() as fake:
+        app = proxy(fake.url, key_resolver=key_resolver)
+        await caller.call(app, http_scope("POST", "/v1/predictions"))
+        await app.aclose()
+        assert (finished, fake.requests) == ([True], [])
 
 
 def test_codes_and_names_are_those_of_the_code() -> None:

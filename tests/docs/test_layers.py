@@ -219,6 +219,8 @@ def test_one_of_your_own(fake: FakeReplicate) -> None:
     with served(fake, execute(code)["weekdays"]) as client:
         weekend = datetime.now(UTC).weekday() >= 5
         assert paint(client, prompt="a").status_code == (403 if weekend else 201)
+        unheard = client.post("/v1/unheard-of", headers={"x-portkey-api-key": "pk-team-a"})
+        assert unheard.status_code == (403 if weekend else 404)
         assert float(read(client, "/hardware").headers["x-replicate-seconds"]) > 0
 
 

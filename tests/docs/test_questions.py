@@ -18,6 +18,7 @@ from replicate_proxy_mw.errors import ProxyError
 from replicate_proxy_mw.telemetry import names
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.clients.drivers import require
+from tests.docs.hosts import app_of, create
 from tests.docs.programs import environment, free_port, running, shell
 from tests.documents import ROOT, Page, execute
 from tests.raw_asgi import call, host, http_scope
@@ -107,16 +108,27 @@ def test_paths_of_the_host_s_own() -> None:
     assert list(config.exclude) == ["/v1/status", "/v1/chat"]
 
 
+def test_without_an_app(fake: FakeReplicate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPLICATE_API_TOKEN", fake.token)
+    monkeypatch.setenv("REPLICATE_PROXY_KEYS", "pk-team-a")
+    app = app_of(QUESTIONS.block("python", "Starlette()"), fake)
+    with serve(app) as served, httpx.Client(base_url=served.url) as client:
+        create(client)
+        assert client.get("/elsewhere").status_code == 404
+
+
 def test_who_speaks(client: httpx.Client, tmp_path: Path) -> None:
     require("curl")
     command = QUESTIONS.block("sh", "curl -si").replace("https://app.example", str(client.base_url))
-    assert shell(command, tmp_path).split()[:2] == ["HTTP/1.1", "200"]
-    told = shell(command.replace("pk-team-a", "pk-other"), tmp_path)
-    assert re.findall(r'HTTP/1.1 (\d+)|^(x-portkey-gateway-exception: true)|"code":"(\w+)"', told, re.MULTILINE) == [
-        ("401", "", ""),
-        ("", "x-portkey-gateway-exception: true", ""),
-        ("", "", "key_unknown"),
-    ]
+
+    def told(key: str, path: str = "/v1/account") -> list[str]:
+        said = shell(command.replace("/v1/account", path), tmp_path, environment(KEY=key))
+        found = re.findall(r'HTTP/1.1 (\d+)|^(x-portkey-[a-z-]+)|"code":"(\w+)"', said, re.MULTILINE)
+        return sorted("".join(one) for one in found)
+
+    assert told("pk-other") == ["401", "key_unknown", "x-portkey-gateway-exception", "x-portkey-trace-id"]
+    assert told("pk-stale") == ["401", "x-portkey-trace-id"]
+    assert told("pk-team-a", "/elsewhere") == ["200"]
 
 
 APP = """
@@ -166,6 +178,7 @@ def test_what_it_names_is_there() -> None:
     named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:=[^`]*|\(\))?`", QUESTIONS.text)
     assert len(named) > 40
     elsewhere = {
+        "gaierror",
         "next",
         "traceparent",
         "localhost",
@@ -189,6 +202,6 @@ def test_each_answer_is_short_and_leads_on() -> None:
 
 
 def test_every_block_is_run_and_every_link_leads_somewhere() -> None:
-    assert (QUESTIONS.count("sh"), QUESTIONS.count("python"), len(QUESTIONS.code)) == (3, 1, 4)
+    assert (QUESTIONS.count("sh"), QUESTIONS.count("python"), len(QUESTIONS.code)) == (3, 2, 5)
     assert QUESTIONS.missing_links() == []
     assert subprocess.run(["sh", "-n", "-c", QUESTIONS.block("sh", "ssh")]).returncode == 0

@@ -113,6 +113,9 @@ def test_what_one_process_holds_is_what_was_measured() -> None:
     fast = _first_table("replicate_proxy_mw, fast")[1] / _first_table("replicate_proxy_mw")[1]
     assert "takes a sixth of the CPU away" in SCALING.text
     assert 0.6 < fast < 0.95
+    recorded = [_first_table(f"replicate_proxy_mw{kind}, OpenTelemetry SDK")[1] for kind in (", fast", "")]
+    assert "a twelfth with spans and metrics" in SCALING.text
+    assert 0.8 < recorded[0] / recorded[1] < 0.98
 
 
 def test_limits_are_those_of_the_code() -> None:
