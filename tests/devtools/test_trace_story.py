@@ -241,6 +241,25 @@ async def test_stories_of_each_kind(shown_stage: Shown, scenario: str, kinds: se
     assert None not in {summary.model for summary in shown_stage.list()}
 
 
+async def test_a_stream_is_its_creator_s(shown_stage: Shown) -> None:
+    """Whoever has its URL may read it without a key."""
+    await scenarios.streamed(shown_stage.stage)
+    assert [(summary.route, summary.tenant) for summary in shown_stage.list("team-a")] == [
+        ("/v1/-/streams/{token}", "team-a"),
+        ("/v1/models/{model_owner}/{model_name}/predictions", "team-a"),
+    ]
+
+
+def test_who_was_refused_has_not_polled(recorder: Recorder) -> None:
+    create = recorder.request(0, replicate_prediction_id="p1", replicate_operation="predictions.create")
+    recorder.request(1, replicate_prediction_id="p1")
+    recorder.request(2, replicate_prediction_id="p1", **{names.OUTCOME: "auth_invalid"})
+    recorder.request(3, replicate_prediction_id="p1", **{names.OUTCOME: "upstream_timeout"})
+    told = recorder.story(create)
+    assert told is not None
+    assert [row.kind for row in told.rows] == ["create", "poll", "request", "poll"]
+
+
 async def test_of_a_stream_alone_the_run_has_no_queue(shown_stage: Shown) -> None:
     await scenarios.streamed(shown_stage.stage)
     assert "queue" not in [row.kind for row in shown_stage.story(shown_stage.list()[-1]).rows]

@@ -295,7 +295,7 @@ def test_the_list_tells_what_matters_of_each_request(host: Host, open_page: Open
     assert re.fullmatch(r"[\d.]+ (µs|ms|s)", created["Duration"])
     assert (poll["Status"], poll["Prediction"], poll["Cost"]) == ("200", "succeeded", "")
     assert (missing["Status"], missing["Tenant"], missing["Prediction"]) == ("404", "checkout", "")
-    assert (refused["Status"], refused["Tenant"]) == ("401 auth_invalid", "")
+    assert (refused["Status"], refused["Tenant"]) == ("401 key_unknown", "")
     assert failed["Status"].startswith("503")
     marks = [one.locator(".status").first for one in rows(page).all()]
     # Shape, colour and text.

@@ -409,13 +409,16 @@ def listing(traces: Sequence[Trace], query: str) -> Listing:
     requests = sorted(
         (request for trace in traces for request in trace.requests), key=lambda request: request.span.start
     )
-    # A stream does not say which model it is of, and a create not how its prediction stands by now.
+    # A stream does not say whose it is and of which model, and a create not how its prediction stands by now.
     models: dict[str | None, str] = {}
+    tenants: dict[str | None, str] = {}
     statuses: dict[str | None, str] = {}
     for request in requests:
         summary = request.summary
         if summary.model is not None:
             models[summary.prediction_id] = summary.model
+        if summary.tenant is not None and request.kind == "create":
+            tenants[summary.prediction_id] = summary.tenant
         if summary.prediction_status is not None:
             statuses[summary.prediction_id] = summary.prediction_status
     words = query[:MAX_QUERY].casefold().split()
@@ -425,6 +428,8 @@ def listing(traces: Sequence[Trace], query: str) -> Listing:
         if (id := summary.prediction_id) is not None:
             if summary.model is None and id in models:
                 summary = replace(summary, model=models[id])
+            if request.kind == "stream" and id in tenants:
+                summary = replace(summary, tenant=tenants[id])
             if request.run is None and id in statuses and request.kind == "create":
                 summary = replace(summary, prediction_status=statuses[id])
         if not words or _matches(summary, request.span, words):
@@ -655,7 +660,9 @@ def _kind(span: SeenSpan) -> Kind:
         return "stream"
     if route.endswith(WEBHOOK.template):
         return "webhook"
-    return _KINDS.get(_operation(span) or "", "request")
+    kind = _KINDS.get(_operation(span) or "", "request")
+    # A stranger who asks for it has seen nothing of it.
+    return "request" if kind == "poll" and span.text(names.OUTCOME) in _REFUSED else kind
 
 
 def _kinds() -> Iterator[tuple[str, Kind]]:
@@ -667,6 +674,7 @@ def _kinds() -> Iterator[tuple[str, Kind]]:
 
 
 _KINDS = dict(_kinds())
+_REFUSED = frozenset(("auth_missing", "auth_invalid", "denied", "limited", "bad_request"))
 
 
 def _operation(span: SeenSpan) -> str | None:

@@ -126,8 +126,8 @@ OUTCOME = _name(
     "C",
     "request",
     "`forwarded`, `answered` (without Replicate), `auth_missing`, `auth_invalid`, `denied`, `limited`, `bad_request`, "
-    "`body_too_large`, `upstream_timeout`, `upstream_error`, `overloaded`, `resolver_error` (resolver, store or "
-    "`on_webhook` of the host has failed) or `client_disconnected`",
+    "`body_too_large`, `upstream_timeout`, `upstream_error`, `overloaded`, `resolver_error` (resolver, guardrail, "
+    "store or `on_webhook` of the host has failed) or `client_disconnected`",
 )
 TENANT = _name("replicate_proxy.tenant", "C", "request run", "the tenant's name, as the key resolver gave it")
 STORE_FAILED = _name(
