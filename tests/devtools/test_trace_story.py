@@ -253,8 +253,9 @@ async def test_a_stream_is_its_creator_s(shown_stage: Shown) -> None:
 def test_who_was_refused_has_not_polled(recorder: Recorder) -> None:
     create = recorder.request(0, replicate_prediction_id="p1", replicate_operation="predictions.create")
     recorder.request(1, replicate_prediction_id="p1")
-    recorder.request(2, replicate_prediction_id="p1", **{names.OUTCOME: "auth_invalid"})
-    recorder.request(3, replicate_prediction_id="p1", **{names.OUTCOME: "upstream_timeout"})
+    for number, outcome in enumerate(("auth_invalid", "upstream_timeout")):
+        told_by: dict[str, Any] = {names.OUTCOME: outcome}
+        recorder.request(number + 2, replicate_prediction_id="p1", **told_by)
     told = recorder.story(create)
     assert told is not None
     assert [row.kind for row in told.rows] == ["create", "poll", "request", "poll"]
