@@ -77,7 +77,7 @@ class Running:
             assert self.upstream.settled()
         self.was_sent_once(fault, method)
         self.still_works()
-        _logs_are_quiet(caplog, came)
+        _logs_are_quiet(caplog, came, unreachable=not fault.sent or b"upstream_unreachable" in answer.content)
 
     def was_sent_once(self, fault: Fault, method: str) -> None:
         received = self.upstream.requests
@@ -183,7 +183,7 @@ def test_a_create_is_paid_once(running: Running, name: str, caplog: pytest.LogCa
     assert answer.header(b"x-should-retry") == [b"false"]
     assert len(running.upstream.requests) == fault.sent
     running.still_works()
-    _logs_are_quiet(caplog, None)
+    _logs_are_quiet(caplog, None, unreachable=not fault.sent)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,12 @@ def _is_our_own(answer: Answer) -> None:
     assert not re.search(rb"127\.0\.0\.1|localhost|invalid|:\d{4,5}|[a-z](Error|Exception|Timeout)\b", answer.content)
 
 
-def _logs_are_quiet(caplog: pytest.LogCaptureFixture, came: object) -> None:
-    """A server says that an answer was cut; nothing else is worth a warning."""
+def _logs_are_quiet(caplog: pytest.LogCaptureFixture, came: object, *, unreachable: bool = False) -> None:
+    """A server says that an answer was cut, and we that nobody could be reached; nothing else is worth a warning."""
     loud = [record.name for record in caplog.records if record.levelno >= logging.WARNING]
-    assert loud in ([], ["uvicorn.error"]) if came == "cut" else loud == []
+    if unreachable:
+        assert loud == ["replicate_proxy_mw"]
+        assert re.fullmatch(r"Replicate could not be reached: [A-Za-z]+", caplog.messages[-1])
+    else:
+        assert loud in ([], ["uvicorn.error"]) if came == "cut" else loud == []
     assert TOKEN not in caplog.text
