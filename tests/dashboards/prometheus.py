@@ -21,6 +21,7 @@ class Prometheus:
     """`moment` is when queries are answered for, in seconds of the epoch; now, if it is None."""
 
     def __init__(self, url: str) -> None:
+        self.url = url
         self.moment: float | None = None
         self._client = httpx.Client(base_url=f"{url}/api/v1", timeout=20)
 

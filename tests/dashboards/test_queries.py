@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from replicate_proxy_mw.telemetry.names import ATTRIBUTES, OUTCOME
-from tests.dashboards.prometheus import Prometheus, prometheus
+from tests.dashboards.prometheus import Prometheus
 from tests.dashboards.queries import Asked, of_alerts, of_panels, of_variables, replaced, spelt
-from tests.dashboards.stage import eventually, stage
-from tests.services import _free_port
-
-# Longer than all the traffic takes.
-WINDOW = "2m"
+from tests.dashboards.scraped import WINDOW, chosen, scraped
 
 
-@pytest.fixture(scope="module")
-def scraped() -> Iterator[Prometheus]:
-    with stage() as played:
-        targets = [played.example.removeprefix("http://"), f"127.0.0.1:{_free_port()}"]  # nothing is at the second
-        config = {
-            "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
-            "scrape_configs": [{"job_name": "desk", "static_configs": [{"targets": targets}]}],
-        }
-        with prometheus(config) as server:
-            for _ in range(2):  # since a rate is between two scrapes
-                played.play()
-                _scrape(server)
-            # A busy machine may be late for a later scrape, and then there would be nothing.
-            [scrape] = eventually(lambda: server.query("timestamp(up == 1) and on (job) up == 0"))
-            server.moment = float(scrape["value"][1])
-            yield server
+@pytest.fixture(scope="module", name="scraped")
+def of_module() -> Iterator[Prometheus]:
+    with scraped() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def variables(scraped: Prometheus) -> dict[str, str]:
-    """As Grafana has them where all values are chosen: `.*`, or each of them where that would be too much."""
-    [upstream] = [asked for asked in of_variables() if asked.where == "traffic: $upstream"]
-    found = scraped.values(upstream.label, replaced(upstream.expr, {"job": ".*"}, WINDOW))
-    names = [asked.where.rpartition("$")[2] for asked in of_variables()]
-    return {**dict.fromkeys(names, ".*"), "upstream": "|".join(map(re.escape, found)).replace("\\", "\\\\")}
+    return chosen(scraped)
 
 
 @pytest.mark.parametrize("asked", of_variables(), ids=lambda asked: asked.where)
@@ -91,8 +70,3 @@ def test_the_cost_is_a_plain_number_with_its_currency_as_a_label(scraped: Promet
     [series] = scraped.query("sum by (replicate_prediction_cost_currency) (replicate_prediction_cost_total)")
     assert series["metric"] == {"replicate_prediction_cost_currency": "USD"}
     assert float(series["value"][1]) > 0.006
-
-
-def _scrape(server: Prometheus) -> None:
-    now = time.time()
-    eventually(lambda: server.query(f"min(timestamp(replicate_proxy_in_flight)) > {now}"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
@@ -22,7 +24,7 @@ from replicate_proxy_mw.telemetry import metrics, names
 from replicate_proxy_mw.testing import FakeReplicate
 from tests.dashboards.grafana import SCHEMA_VERSION
 from tests.dashboards.prometheus import prometheus, promtool
-from tests.dashboards.queries import dashboards, panels, rules
+from tests.dashboards.queries import dashboards, of_panels, panels, rules
 from tests.docs.hosts import KEY, with_upstream
 from tests.docs.programs import environment, free_port, running
 from tests.documents import ROOT, Page, execute
@@ -189,7 +191,8 @@ def test_figures_of_series_are_those_of_the_registry() -> None:
         sizes = {name: len(names.METRICS[name].buckets) for name in metrics}
         return sum(buckets + 3 if buckets else 1 for buckets in sizes.values())
 
-    told = [int(number) for number in re.findall(r"^\| [a-z].* \| (\d+)\b.*\|$", PAGE.text, re.MULTILINE)]
+    table = PAGE.text.partition("## How many series")[2]
+    told = [int(number) for number in re.findall(r"^\| [a-z].* \| (\d+)\b.*\|$", table, re.MULTILINE)]
     assert told == [
         of(names.IN_FLIGHT, names.OVERHEAD),
         of(names.REQUEST_DURATION),
@@ -230,3 +233,15 @@ def _listens(port: int) -> bool:
 
 def _taken(port: int, addr: str) -> None:
     raise OSError("in use")
+
+
+def test_the_table_has_all_panels() -> None:
+    table = PAGE.text.partition("<!-- prometheus -->")[2].partition("<!-- end of prometheus -->")[0]
+    assert re.findall(r"^\| (\w+: .+?) \| [1-9]\d* \| [\d.e+-]+", table, re.MULTILINE) == [
+        asked.where.partition(" (")[0] for asked in of_panels()
+    ]
+
+
+def test_the_script_that_makes_it() -> None:
+    said = subprocess.run([sys.executable, ROOT / "scripts/prometheus.py", "--help"], capture_output=True, text=True)
+    assert (said.returncode, "--screenshot" in said.stdout) == (0, True)
