@@ -322,7 +322,7 @@ def stay(origin: str, trees: Trees) -> None:
     headers = ("x-portkey-api-key: pk-team-a", "x-portkey-provider: @replicate", "content-type: application/json")
     argv = ["curl", f"{origin}/v1/predictions", *(part for header in headers for part in ("-H", header)), "-d", body]
     heading("Your turn")
-    print(f"All of this, to click through, and what comes next:\n\n{paint(f'{origin}/traces/', CYAN)}\n")
+    print(f"Everything above, and each request from now on, is here:\n\n{paint(f'{origin}/traces/', CYAN)}\n")
     print(f"The app stays up. From another terminal:\n\n{paint(shlex.join(argv), CYAN)}\n")
     print("The tree of each request appears here, too. Ctrl-C ends the demo.\n")
     trees.show_all()

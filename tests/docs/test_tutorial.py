@@ -156,7 +156,7 @@ def _sees_in_the_viewer(reader: Reader) -> None:
 
 def test_the_real_replicate_is_two_lines_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is the variable that the app's terminal has set; without the second, the default holds."""
-    [name] = re.findall(r"^export (\w+)=", TUTORIAL.block("sh", "r8_your_own_token"), re.MULTILINE)
+    [name] = re.findall(r"^read -rs (\w+) && export \1$", TUTORIAL.block("sh", "read -rs"), re.MULTILINE)
     assert f"export {name}=r8_the_token\n" in TUTORIAL.block("sh", "uvicorn app:app")
     app, line = TUTORIAL.block("python", "# app.py"), TUTORIAL.block("diff", "-  ")[1:]
     assert app.count(line) == 1

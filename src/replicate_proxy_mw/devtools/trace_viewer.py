@@ -144,7 +144,7 @@ def remote(scope: Mapping[str, Any]) -> str | None:
     if not client:
         return "the server does not tell who asks"
     if not _is_loopback(str(client[0])):
-        return "who asks is not this machine"
+        return "the request comes from another address than this machine's"
     if scope.get("http_version") == "1.0":
         return "no browser speaks HTTP/1.0, as nginx does to an app"
     hosts: list[str] = []
