@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,14 +17,6 @@ from tests.docs.programs import shell
 from tests.documents import Page
 
 FASTAPI = Page("docs/fastapi.md")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeReplicate]:
-    with FakeReplicate().serve() as fake:
-        monkeypatch.setenv("REPLICATE_API_TOKEN", fake.token)
-        monkeypatch.setenv("REPLICATE_PROXY_KEYS", "team-a=pk-team-a")
-        yield fake
 
 
 def test_an_app_with_the_proxy(fake: FakeReplicate) -> None:

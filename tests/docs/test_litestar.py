@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
 from litestar import Litestar
@@ -17,14 +15,6 @@ from tests.docs.hosts import KEY, app_of, create
 from tests.documents import Page, execute
 
 LITESTAR = Page("docs/litestar.md")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeReplicate]:
-    with FakeReplicate().serve() as fake:
-        monkeypatch.setenv("REPLICATE_API_TOKEN", fake.token)
-        monkeypatch.setenv("REPLICATE_PROXY_KEYS", "team-a=pk-team-a")
-        yield fake
 
 
 def test_an_app_with_the_plugin(fake: FakeReplicate) -> None:

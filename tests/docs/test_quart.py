@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -15,14 +14,6 @@ from tests.docs.programs import environment, free_port, running
 from tests.documents import Page
 
 QUART = Page("docs/quart.md")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeReplicate]:
-    with FakeReplicate().serve() as fake:
-        monkeypatch.setenv("REPLICATE_API_TOKEN", fake.token)
-        monkeypatch.setenv("REPLICATE_PROXY_KEYS", "team-a=pk-team-a")
-        yield fake
 
 
 @pytest.mark.parametrize(

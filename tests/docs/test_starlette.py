@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import httpx
-import pytest
 
 from replicate_proxy_mw.testing import FakeReplicate, serve
 from tests.docs.hosts import app_of, create
 from tests.documents import Page
 
 STARLETTE = Page("docs/starlette.md")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeReplicate]:
-    with FakeReplicate().serve() as fake:
-        monkeypatch.setenv("REPLICATE_API_TOKEN", fake.token)
-        monkeypatch.setenv("REPLICATE_PROXY_KEYS", "team-a=pk-team-a")
-        yield fake
 
 
 def test_an_app_with_the_proxy(fake: FakeReplicate) -> None:
