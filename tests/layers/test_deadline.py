@@ -16,14 +16,14 @@ def _slow(connection: Connection) -> None:
 
 
 @pytest.mark.parametrize(
-    "limit", [(b"x-portkey-request-timeout", b"1000"), (b"x-portkey-config", b'{"request_timeout": 1000}')]
+    "limit", [(b"x-portkey-request-timeout", b"3000"), (b"x-portkey-config", b'{"request_timeout": 3000}')]
 )
 async def test_the_caller_s_own_limit(upstream: RawUpstream, limit: tuple[bytes, bytes]) -> None:
     upstream.script = _slow
     caller = await call(proxy(upstream.url), http_scope("POST", "/v1/predictions", [KEY, limit]))
     assert caller.status == 408
     assert json.loads(caller.content)["error"] == {
-        "message": "Request exceeded the timeout sent in the request: 1000ms",
+        "message": "Request exceeded the timeout sent in the request: 3000ms",
         "type": "timeout_error",
         "param": None,
         "code": "request_timeout",
