@@ -175,13 +175,18 @@ async def test_the_log_tells_dns_from_the_rest(caplog: pytest.LogCaptureFixture)
 
 
 async def test_of_another_transport_s_error_the_log_has_its_class_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class TalkativeError(httpx.ConnectError):
+        because = ""
+
     class Unreachable(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            raise httpx.ConnectError(f"no way to send {request.headers['authorization']}")
+            error = TalkativeError(f"no way to send {request.headers['authorization']}")
+            error.because = str(error)
+            raise error
 
     with pytest.raises(UpstreamUnreachable):
         await _exchange(Upstream(ProxyConfig(), Unreachable()), _request())
-    assert caplog.messages == ["Replicate could not be reached: ConnectError"]
+    assert caplog.messages == ["Replicate could not be reached: TalkativeError"]
 
 
 def _silent(connection: Connection) -> None:

@@ -1,9 +1,19 @@
-"""What a transport of ours does beside httpx's contract: one exchange without an object of httpx."""
+"""What a transport of ours does beside httpx's contract: an exchange without an object of httpx, and why none came."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+import httpx
+
+
+class NotConnected(httpx.ConnectError):
+    """`because` is the class of what failed: DNS, TCP or TLS."""
+
+    def __init__(self, because: str) -> None:
+        super().__init__(f"not connected: {because}")
+        self.because = because
 
 
 class ResponseBody(Protocol):

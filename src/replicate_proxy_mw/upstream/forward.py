@@ -24,7 +24,7 @@ from ..errors import (
 )
 from ..event_loops import OfLoop
 from ..exchange import Chunks, ProxyRequest, ProxyResponse, nothing_to_close
-from .contract import ResponseBody
+from .contract import NotConnected, ResponseBody
 
 if TYPE_CHECKING:
     from .transport import PooledTransport
@@ -212,8 +212,9 @@ def _failure(error: BaseException) -> ProxyError:
 
 def classify(error: Exception) -> ProxyError:
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        # By class: the text of another's exception may hold anything.
-        logger.warning("Replicate could not be reached: %s", getattr(error, "because", type(error).__name__))
+        # By class: what another transport says may hold anything.
+        because = error.because if isinstance(error, NotConnected) else type(error).__name__
+        logger.warning("Replicate could not be reached: %s", because)
     if isinstance(error, httpx.PoolTimeout):
         return Overloaded()
     if isinstance(error, httpx.TimeoutException):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import httpx
 
+from .contract import NotConnected
+
 if TYPE_CHECKING:
     # A third of a second to import, and needed off asyncio only.
     import httpcore
@@ -60,14 +62,6 @@ def left(deadline: float | None) -> float | None:
     if seconds <= 0:
         raise httpx.ReadTimeout("no answer in time")
     return seconds
-
-
-class NotConnected(httpx.ConnectError):
-    """`because` is the class of what failed: DNS, TCP or TLS."""
-
-    def __init__(self, because: str) -> None:
-        super().__init__(f"not connected: {because}")
-        self.because = because
 
 
 async def connect(
